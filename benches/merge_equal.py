@@ -1,0 +1,229 @@
+"""Merge equal data of several processes: ksmrs, private and shared, against kernel KSM tuned to its maximum, in one run.
+
+    python benches/merge_equal.py [--mb 256] [--processes 2] [--rounds 3] [--json]
+
+Each process fills memory with the same pseudo-random bytes. CPU time is that of the broker and of every process (ksmrs), or of
+ksmd and every process (kernel KSM), from the moment that merging begins until every duplicate is merged; then each process
+reads every page once, and what that costs is added, since merging may leave faults for the first reader. ksmrs pays for a last
+round that finds nothing more; ksmd is stopped the moment it is done. Every byte is verified before a figure is printed. A
+virtual machine backs its memory on first touch, so as much memory as will be used is touched and freed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kernel_ksm
+import ksmrs
+from ksmrs import _ksmrs
+
+PAGE = 4096
+MIB = 1 << 20
+PATIENCE_SECONDS = 120
+
+
+def content(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.random.default_rng(7).integers(0, 1 << 63, nbytes // 8, np.uint64)
+
+
+class Memory:
+    """A worker's memory, of one of the three kinds."""
+
+    def __init__(self, kind: str, nbytes: int) -> None:
+        if kind == "kernel":
+            self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            self.array = np.frombuffer(self._map, np.uint64)
+        else:
+            self.array = ksmrs.empty(nbytes // 8, np.uint64, shared=kind == "shared")
+        self.array[:] = content(nbytes)
+
+    def opt_in(self) -> None:
+        self._map.madvise(kernel_ksm.MADV_MERGEABLE)
+
+
+def worker(kind: str, nbytes: int) -> None:
+    if kind != "kernel":
+        # Merging begins when the driver says so, in all processes at once.
+        ksmrs.connect()
+    memory = Memory(kind, nbytes)
+    commands = {
+        "cpu": time.process_time,
+        "opt in": lambda: memory.opt_in() if kind == "kernel" else None,
+        "read": lambda: int(memory.array[:: PAGE // 8].sum()) and None,
+        "check": lambda: bool((memory.array == content(nbytes)).all()),
+    }
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(commands[line.strip()]()), flush=True)
+
+
+class Workers:
+    def __init__(self, kind: str, nbytes: int, count: int) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--worker", kind, str(nbytes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(count)
+        ]
+        for process in self._processes:
+            if process.stdout is None or process.stdout.readline().strip() != "ready":
+                raise RuntimeError(f"worker {process.pid} did not start")
+
+    def ask(self, command: str) -> list[Any]:
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(command + "\n")
+            process.stdin.flush()
+        return [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
+
+    def cpu(self) -> float:
+        return float(sum(self.ask("cpu")))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            if process.stdin is not None:
+                process.stdin.close()
+            process.wait(60)
+
+
+def broker_seconds(pid: int) -> float:
+    tasks = Path(f"/proc/{pid}/task").glob("*/schedstat")
+    return sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
+
+
+def measure(workers: Workers, engine_cpu: Any, merge: Any, pages: int) -> dict[str, float]:
+    cpu = workers.cpu() + engine_cpu()
+    began = time.monotonic()
+    merge()
+    wall = time.monotonic() - began
+    merged = workers.cpu() + engine_cpu() - cpu
+    before = workers.cpu()
+    workers.ask("read")
+    reads = workers.cpu() - before
+    if not all(workers.ask("check")):
+        raise SystemExit("a byte is wrong: this benchmark has no figures")
+    return {
+        "cpu_seconds": merged + reads,
+        "merge_cpu_seconds": merged,
+        "first_read_seconds": reads,
+        "wall_seconds": wall,
+        "us_per_merged_page": (merged + reads) / pages * 1e6,
+    }
+
+
+def run_kernel(nbytes: int, count: int) -> dict[str, float]:
+    pages = nbytes // PAGE * count
+
+    def merge() -> None:
+        workers.ask("opt in")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while kernel_ksm.counter("pages_shared") + kernel_ksm.counter("pages_sharing") < pages:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"kernel KSM merged less than everything in {PATIENCE_SECONDS} s")
+            time.sleep(0.002)
+
+    with Workers("kernel", nbytes, count) as workers, kernel_ksm.tuned_to_the_maximum():
+        return measure(workers, kernel_ksm.ksmd_seconds, merge, pages)
+
+
+def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
+    pages = nbytes // PAGE * count
+    with tempfile.TemporaryDirectory(prefix="ksmrs-bench-") as directory:
+        os.environ["KSMRS_RUNTIME_DIR"] = directory
+        os.environ["KSMRS_IDLE_SECONDS"] = "1"
+        ksmrs.connect(directory)
+        ksmrs.tunables.run = 0
+        broker = _ksmrs.status()
+        if broker is None:
+            raise RuntimeError("the broker is gone")
+        pid = broker["pid"]
+
+        def merge() -> None:
+            report = ksmrs.merge(timeout=PATIENCE_SECONDS)
+            stats = ksmrs.stats()
+            if not report.finished or stats.pages_shared + stats.pages_sharing != pages:
+                raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
+
+        def engine() -> float:
+            return broker_seconds(pid) + time.process_time()
+
+        with Workers(kind, nbytes, count) as workers:
+            figures = measure(workers, engine, merge, pages)
+        ksmrs.disconnect()
+    return figures
+
+
+def warm(nbytes: int) -> None:
+    """Touch and free as much memory as will be used."""
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for offset in range(0, nbytes, PAGE):
+        memory[offset] = 1
+    memory.close()
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(sys.argv[2], int(sys.argv[3]))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=int, default=256)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    nbytes, count = arguments.mb * MIB, arguments.processes
+    warm(nbytes * (count + 2))
+    refusal = kernel_ksm.unavailable()
+    kinds = (["kernel"] if refusal is None else []) + ["private", "shared"]
+    figures: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(arguments.rounds):
+        # In turn, so that a noisy minute is everybody's.
+        for kind in kinds:
+            run = run_kernel(nbytes, count) if kind == "kernel" else run_ksmrs(kind, nbytes, count)
+            figures[kind].append(run)
+    medians = {
+        kind: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for kind, runs in figures.items()
+    }
+    ratios = {
+        kind: statistics.median(
+            ours["cpu_seconds"] / theirs["cpu_seconds"]
+            for ours, theirs in zip(figures[kind], figures["kernel"], strict=True)
+        )
+        for kind in ("private", "shared")
+        if refusal is None
+    }
+    if arguments.json:
+        result = {"mb": arguments.mb, "processes": count, "medians": medians, "cpu_ratio_to_kernel": ratios}
+        print(json.dumps({**result, "kernel_unavailable": refusal}, indent=2))
+        return
+    print(f"{count} x {arguments.mb} MiB of equal data, median of {arguments.rounds} rounds")
+    if refusal is not None:
+        print(f"kernel KSM: not measured, {refusal}")
+    for kind, figure in medians.items():
+        ratio = f", {ratios[kind]:.2f} of kernel KSM's CPU" if kind in ratios else ""
+        print(
+            f"{kind:8} {figure['cpu_seconds']:.2f} s CPU ({figure['us_per_merged_page']:.1f} us a page; first reads "
+            f"{figure['first_read_seconds']:.2f} s), {figure['wall_seconds']:.2f} s wall{ratio}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Kernel Samepage Merging in user space: the Python face.
+
+Relies on the extension module `_ksmrs` for everything that touches memory or the broker. Importing it starts nothing: no
+broker, no thread, no NumPy; those come with the first region, array or knob that needs them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ksmrs import _launch
+from ksmrs._advice import MADV_MERGEABLE, MADV_UNMERGEABLE, madvise, pinned
+from ksmrs._engine import MergeReport, ProcessStats, Stats, connect, disconnect, merge, process_stats, stats
+from ksmrs._errors import (
+    ArgumentError,
+    BrokerError,
+    ClosedRegionError,
+    DtypeError,
+    ForeignMemoryError,
+    KsmrsError,
+    SystemCallError,
+    UnknownKnobError,
+    UnsupportedError,
+)
+from ksmrs._region import PAGE_SIZE, PageState, Region
+from ksmrs._tunables import tunables
+
+if TYPE_CHECKING:
+    from ksmrs._arrays import array, empty, full, zeros
+
+_launch.configure_default()
+
+__all__ = [
+    "MADV_MERGEABLE",
+    "MADV_UNMERGEABLE",
+    "PAGE_SIZE",
+    "ArgumentError",
+    "BrokerError",
+    "ClosedRegionError",
+    "DtypeError",
+    "ForeignMemoryError",
+    "KsmrsError",
+    "MergeReport",
+    "PageState",
+    "ProcessStats",
+    "Region",
+    "Stats",
+    "SystemCallError",
+    "UnknownKnobError",
+    "UnsupportedError",
+    "array",
+    "connect",
+    "disconnect",
+    "empty",
+    "full",
+    "madvise",
+    "merge",
+    "pinned",
+    "process_stats",
+    "stats",
+    "tunables",
+    "zeros",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The array constructors need NumPy, which takes 100 ms and 20 MiB to import: only for those who use them.
+    if name in {"empty", "zeros", "full", "array"}:
+        from ksmrs import _arrays
+
+        return getattr(_arrays, name)
+    raise AttributeError(f"module 'ksmrs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,5 @@
+"""`python -m ksmrs` is the `ksmrs` command."""
+
+from ksmrs.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""Connecting, merging on request, and the counters.
+
+Relies on `_ksmrs` for the conversation with the broker. Counters have the names and the arithmetic of
+`/sys/kernel/mm/ksm`; the dataclasses say what each counts.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ksmrs import _ksmrs, _launch
+from ksmrs._errors import ArgumentError
+
+Counters = TypeVar("Counters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What the broker counts in this process's domain; all zeros where no broker runs."""
+
+    pages_shared: int = 0
+    """Frames that pages show."""
+    pages_sharing: int = 0
+    """Further pages on them: the saving itself."""
+    pages_unshared: int = 0
+    """Candidates: pages whose content nobody else had."""
+    pages_volatile: int = 0
+    """Pages that changed too fast to be candidates."""
+    pages_skipped: int = 0
+    """Pages that smart_scan passed over."""
+    pages_scanned: int = 0
+    """Pages looked at, ever."""
+    full_scans: int = 0
+    """Passes over all regions."""
+    stable_node_chains: int = 0
+    """Contents with more than one frame, since max_page_sharing was hit."""
+    stable_node_dups: int = 0
+    """Frames in those chains."""
+    ksm_zero_pages: int = 0
+    """Pages of zeros that need no memory."""
+    general_profit: int = 0
+    """Bytes saved less bytes of metadata, as the kernel counts it."""
+    cow_ksm: int = 0
+    """Merged pages that were written."""
+    saved_bytes: int = 0
+    """Bytes of memory that merging saves now."""
+    frames: int = 0
+    """Frames in use."""
+    frames_huge: int = 0
+    """Extents of frames that were filled whole, as huge pages where the kernel agrees."""
+    regions: int = 0
+    """Regions opted in, over all clients."""
+    clients: int = 0
+    """Processes with a connection."""
+    clients_unplanned: int = 0
+    """Clients that owe an answer for too long and are left out for now."""
+    merges: int = 0
+    """Pages merged, ever."""
+    pages_unmerged_by_budget: int = 0
+    """Pages left alone since their client has no kernel mappings to spare, ever."""
+    pages_disbelieved: int = 0
+    """Page table words that cannot be true, ever: a damaged or lying client."""
+    references_in_limbo: int = 0
+    """References to frames that a forked child may still show."""
+    store_bytes: int = 0
+    """Memory in the frame store, by st_blocks."""
+    metadata_bytes: int = 0
+    """Memory of the broker's tables."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessStats:
+    """What the broker and this process count for this process."""
+
+    ksm_rmap_items: int = 0
+    """Pages that the broker keeps track of."""
+    ksm_merging_pages: int = 0
+    """Pages that show a frame."""
+    ksm_zero_pages: int = 0
+    """Pages of zeros that need no memory."""
+    ksm_process_profit: int = 0
+    """Bytes saved less bytes of metadata, as the kernel counts it."""
+    merges: int = 0
+    """Pages of this process that were merged, ever."""
+    breaks: int = 0
+    """Merged pages of this process that were given memory of their own again by ksmrs, ever; the kernel's own copies, in
+    private regions, are in `Stats.cow_ksm`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """What one `merge()` did."""
+
+    pages_merged: int = 0
+    """Pages merged while it ran."""
+    rounds: int = 0
+    """Rounds over all clients; the last one merged nothing."""
+    finished: bool = False
+    """False where the timeout ended it."""
+    seconds: float = 0.0
+    """How long it took."""
+
+
+def connect(runtime_dir: str | os.PathLike[str] | None = None, embedded: bool = False, domain: str = "default") -> None:
+    """Connect to the user's broker, starting one where none runs. Not needed: the first region does it.
+
+    `runtime_dir` is the directory of the broker's socket (default: $KSMRS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/ksmrs, else
+    $TMPDIR/ksmrs-UID); it must be ours alone. `embedded` runs the broker inside this process. Pages merge only within one
+    `domain`. Raises `BrokerError` where it cannot be reached or this process is connected differently already.
+    """
+    if not domain:
+        raise ArgumentError("domain is empty: name a trust zone, or leave it out")
+    directory = None if runtime_dir is None else str(Path(runtime_dir).absolute())
+    _ksmrs.configure(directory, bool(embedded), domain, _launch.broker_command(directory))
+    _ksmrs.connect()
+
+
+def disconnect() -> None:
+    """Say goodbye to the broker. Merged pages stay merged and keep their contents; merging ends until `connect`."""
+    _ksmrs.disconnect()
+
+
+def merge(timeout: float | None = None) -> MergeReport:
+    """Scan and merge now, over all clients of the domain, until a round merges nothing or `timeout` seconds are over.
+
+    Other threads run meanwhile, and Ctrl-C is obeyed; what was merged by then stays merged.
+    """
+    if timeout is not None and not (math.isfinite(timeout) and timeout >= 0):
+        raise ArgumentError(f"timeout {timeout}: must be a number of seconds, 0 or more, or None")
+    return _counters(MergeReport, _ksmrs.merge(timeout))
+
+
+def stats() -> Stats:
+    """Return the counters of the domain; never starts a broker."""
+    return _counters(Stats, _ksmrs.stats())
+
+
+def process_stats() -> ProcessStats:
+    """Return the counters of this process; never starts a broker."""
+    return _counters(ProcessStats, _ksmrs.process_stats())
+
+
+def _counters(kind: type[Counters], values: dict[str, Any]) -> Counters:
+    # A broker of the same protocol may count more than this package knows of, and less.
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in known})

@@ -1,0 +1,76 @@
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, Self, final
+
+from typing_extensions import disjoint_base
+
+__all__ = [
+    "MAX_NBYTES",
+    "PAGE_SIZE",
+    "Pin",
+    "Region",
+    "advise",
+    "configure",
+    "connect",
+    "disconnect",
+    "extent",
+    "get",
+    "is_connected",
+    "merge",
+    "pin",
+    "process_stats",
+    "reassert_handler",
+    "run_broker",
+    "set",
+    "stats",
+    "status",
+]
+
+PAGE_SIZE: int
+MAX_NBYTES: int
+
+@disjoint_base
+class Region:
+    def __new__(cls, nbytes: int, shared: bool = False) -> Self: ...
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes, as asked for."""
+    @property
+    def shared(self) -> bool:
+        """Whether the memory is a shared object, not private anonymous memory."""
+    @property
+    def closed(self) -> bool:
+        """Whether the region was closed."""
+    @property
+    def address(self) -> int:
+        """Address of the first byte, a multiple of 2 MiB."""
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+    def page_states(self) -> bytes:
+        """Return one byte per page: its state, as in `ksmrs.PageState`."""
+    def leave(self) -> None:
+        """Unmerge everything and take the memory out of ksmrs; it stays mapped while anybody can see it."""
+
+@final
+class Pin:
+    def release(self) -> None:
+        """Let the pages go; once more does nothing."""
+
+def extent(buffer: Any) -> tuple[int, int]: ...
+def advise(address: int, nbytes: int, mergeable: bool) -> None: ...
+def pin(address: int, nbytes: int) -> Pin: ...
+def configure(
+    runtime_dir: str | PathLike[str] | None, embedded: bool, domain: str, broker_command: Sequence[str]
+) -> None: ...
+def connect() -> None: ...
+def disconnect() -> None: ...
+def is_connected() -> bool: ...
+def merge(timeout: float | None) -> dict[str, Any]: ...
+def stats() -> dict[str, int]: ...
+def process_stats() -> dict[str, int]: ...
+def status() -> dict[str, Any] | None: ...
+def get(knob: str) -> str: ...
+def set(knob: str, value: str) -> None: ...
+def reassert_handler() -> None: ...
+def run_broker(runtime_dir: str | PathLike[str] | None = None, daemon: bool = False) -> int: ...

@@ -1,0 +1,104 @@
+"""The `ksmrs` command: looks at the broker, turns its knobs, shows what merging does.
+
+Relies on the public functions of the package and on click; the demo and rich are imported only for `demo` and tables. The
+only part of ksmrs that talks to people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import click
+
+import ksmrs
+from ksmrs import _ksmrs
+from ksmrs._tunables import KNOBS
+
+
+class _Friendly(click.Group):
+    """Says what went wrong in one line, where the caller can do something about it."""
+
+    def invoke(self, context: click.Context) -> object:
+        try:
+            return super().invoke(context)
+        except ksmrs.KsmrsError as refused:
+            raise click.ClickException(str(refused)) from refused
+
+
+@click.group(cls=_Friendly)
+@click.option(
+    "--runtime-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory of the broker's socket; default as in ksmrs.connect().",
+)
+@click.version_option(package_name="ksmrs")
+def main(runtime_dir: Path | None) -> None:
+    """Kernel Samepage Merging in user space."""
+    if runtime_dir is not None:
+        # What the engine reads too; connecting here would start a broker for `status`.
+        os.environ["KSMRS_RUNTIME_DIR"] = str(runtime_dir.absolute())
+
+
+@main.command()
+def status() -> None:
+    """Say whether a broker runs, and which; exits with 1 where none does."""
+    found = _ksmrs.status()
+    if found is None:
+        click.echo("no broker is running; the first region starts one")
+        sys.exit(1)
+    for name, value in found.items():
+        click.echo(f"{name:<20} {value}")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def stat(as_json: bool) -> None:
+    """Print the counters, under the names of /sys/kernel/mm/ksm."""
+    counters = dataclasses.asdict(ksmrs.stats())
+    if as_json:
+        click.echo(json.dumps(counters))
+        return
+    for name, value in counters.items():
+        click.echo(f"{name:<20} {value}")
+
+
+@main.command("set")
+@click.argument("assignment", metavar="KNOB=VALUE")
+def set_knob(assignment: str) -> None:
+    """Turn one knob of the broker."""
+    knob, equals, value = assignment.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{assignment!r} is not KNOB=VALUE, as in run=1")
+    if knob not in KNOBS:
+        raise click.BadParameter(f"no knob {knob!r}; there are {', '.join(KNOBS)}")
+    _ksmrs.set(knob, value)
+    click.echo(f"{knob}={_ksmrs.get(knob)}")
+
+
+@main.command()
+@click.option("--workers", type=click.IntRange(2, 64), default=4, show_default=True, help="Processes.")
+@click.option("--mb", type=click.IntRange(1, 65536), default=96, show_default=True, help="MiB of files in each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def demo(workers: int, mb: int, as_json: bool) -> None:
+    """Merge the files of the Python installation in several processes, and show what it saves."""
+    from ksmrs import _demo  # noqa: PLC0415 (rich, for this command only)
+
+    sys.exit(_demo.run(workers, mb, as_json))
+
+
+@main.command()
+@click.pass_context
+def broker(context: click.Context) -> None:
+    """Run a broker in the foreground, as a service manager wants it, until it was idle for a minute."""
+    # Python would only note the signal, and look at it when the broker returns.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    assert context.parent is not None
+    try:
+        _ksmrs.run_broker(context.parent.params["runtime_dir"])
+    except RuntimeError as refused:
+        raise click.ClickException(str(refused)) from refused

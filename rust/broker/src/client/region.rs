@@ -1,0 +1,131 @@
+//! Regions as the program holds them: `ksmrs-sys` does everything; here a region only gets known to the remapper, and is let go.
+
+use super::mailbox::Event;
+use super::{Client, Error, Kind, client};
+use ksmrs_sys::PAGE_SIZE;
+use ksmrs_sys::region::Region as Memory;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Memory that takes part in merging from its creation on. Dropping it unmaps it; nothing is copied then.
+pub struct Region {
+    memory: Arc<Memory>,
+    client: &'static Client,
+    nbytes: usize,
+    kind: Kind,
+}
+
+impl Region {
+    /// Makes zeroed, 2 MiB-aligned memory of at least `nbytes` bytes and opts it in. The broker is met in the background; without
+    /// one the memory is as good.
+    ///
+    /// # Errors
+    /// [`Error::Size`], no memory (ENOMEM), or no room for a shared object (ENOSPC).
+    pub fn new(nbytes: usize, kind: Kind) -> Result<Arc<Region>, Error> {
+        let size = |reason: &str| Error::Size {
+            nbytes,
+            reason: reason.to_owned(),
+        };
+        if nbytes == 0 {
+            return Err(size("at least one byte is needed"));
+        }
+        let pages = u32::try_from(nbytes.div_ceil(PAGE_SIZE)).map_err(|_| size("at most 16 TiB are possible"))?;
+        let client = client()?;
+        let memory_kind = match kind {
+            Kind::Private => ksmrs_sys::protocol::Kind::Private,
+            Kind::Shared => ksmrs_sys::protocol::Kind::Shared,
+        };
+        let memory = Arc::new(Memory::create(client.table, pages, memory_kind)?);
+        client.mailbox.push(Event::Join(memory.clone()));
+        Ok(Arc::new(Region {
+            memory,
+            client,
+            nbytes,
+            kind,
+        }))
+    }
+
+    /// Address of the first byte.
+    pub fn address(&self) -> usize {
+        self.memory.address()
+    }
+
+    /// Bytes, as asked for.
+    #[allow(clippy::len_without_is_empty, reason = "no region is empty")]
+    pub fn len(&self) -> usize {
+        self.nbytes
+    }
+
+    /// Private or shared.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn pages(&self, range: Range<usize>) -> Result<Range<u32>, Error> {
+        let pages = self.memory.pages();
+        let fits = range.start <= range.end && range.end <= pages as usize;
+        if fits {
+            Ok(range.start as u32..range.end as u32)
+        } else {
+            Err(Error::Range {
+                start: range.start,
+                end: range.end,
+                pages,
+            })
+        }
+    }
+
+    /// Lets pages take part (again).
+    ///
+    /// # Errors
+    /// [`Error::Range`]; EPERM in a forked child.
+    pub fn advise_mergeable(&self, pages: Range<usize>) -> Result<(), Error> {
+        Ok(self.memory.advise(self.pages(pages)?)?)
+    }
+
+    /// Gives pages memory of their own, and keeps them out. Needs no broker; done when it returns.
+    ///
+    /// # Errors
+    /// [`Error::Range`]; no memory for the copies.
+    pub fn advise_unmergeable(&self, pages: Range<usize>) -> Result<(), Error> {
+        Ok(self.memory.unadvise(self.pages(pages)?)?)
+    }
+
+    /// Like [`Region::advise_unmergeable`], until the matching [`Region::unpin`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn pin(&self, pages: Range<usize>) -> Result<(), Error> {
+        Ok(self.memory.pin(self.pages(pages)?)?)
+    }
+
+    /// Ends one pin of this very range.
+    pub fn unpin(&self, pages: Range<usize>) {
+        if let Ok(pages) = self.pages(pages) {
+            self.memory.unpin(pages);
+        }
+    }
+
+    /// One byte per page: the numbers of `ksmrs_sys::State`.
+    pub fn page_states(&self) -> Vec<u8> {
+        self.memory.page_states().into_iter().map(|state| state as u8).collect()
+    }
+
+    /// Ends merging for good; the memory stays, plain, with its bytes.
+    ///
+    /// # Errors
+    /// No memory for the copies.
+    pub fn leave(&self) -> Result<(), Error> {
+        Ok(self.memory.leave()?)
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        let ours = self.memory.is_ours();
+        self.memory.close();
+        if ours {
+            self.client.mailbox.push(Event::Leave(self.memory.clone()));
+        }
+    }
+}

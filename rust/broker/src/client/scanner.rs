@@ -1,0 +1,116 @@
+//! The scanner: the low-priority thread that reads the program's pages.
+//!
+//! It brings checksum words up to date and copies pages into staging, as the broker asks. It owns no page and no lock that the
+//! program could wait for, and it stops early when the connection that it works for is gone.
+
+use super::mailbox::{Event, Mailbox};
+use ksmrs_sys::checksum::Checksummer;
+use ksmrs_sys::pagemap::Pagemap;
+use ksmrs_sys::protocol::{Page, Span};
+use ksmrs_sys::region::Region;
+use ksmrs_sys::scan::{ScanTools, Tally};
+use ksmrs_sys::staging::Staging;
+use ksmrs_sys::{StoreNumber, sigmask};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+
+/// Something for the scanner to do, for the connection of that number.
+pub(super) enum Job {
+    /// A broker's domain: its key, and its store's number.
+    Domain(u32, Box<Checksummer>, StoreNumber),
+    /// Bring these pages' words up to date.
+    Scan {
+        link: u32,
+        order: u32,
+        pass: u16,
+        spans: Vec<(Arc<Region>, Span)>,
+    },
+    /// Copy these pages into staging, where they still exist.
+    Stage {
+        link: u32,
+        order: u32,
+        pages: Vec<Option<(Arc<Region>, Page)>>,
+    },
+}
+
+/// Pages between two looks at whether the connection still stands.
+const STEP: u32 = 512;
+
+/// Starts the thread; it ends with its sender. `current` is the number of the connection that counts.
+pub(super) fn start(
+    mailbox: Arc<Mailbox>,
+    staging: Arc<Staging>,
+    current: Arc<AtomicU32>,
+) -> std::io::Result<Sender<Job>> {
+    let (jobs, waiting) = channel();
+    std::thread::Builder::new()
+        .name("ksmrs-scan".to_owned())
+        .spawn(move || {
+            sigmask::Blocked::for_good();
+            sigmask::lower_priority();
+            run(&waiting, &mailbox, &staging, &current);
+        })?;
+    Ok(jobs)
+}
+
+fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &AtomicU32) {
+    let mut tools: Option<ScanTools> = None;
+    for job in jobs {
+        match job {
+            Job::Domain(link, checksummer, store) => {
+                let pagemap =
+                    Pagemap::open().inspect_err(|error| tracing::info!(%error, link, "checksums find breaks"));
+                tools = Some(ScanTools::new(*checksummer, store, pagemap.ok()));
+            }
+            Job::Scan {
+                link,
+                order,
+                pass,
+                spans,
+            } => {
+                let Some(tools) = &mut tools else { continue };
+                let stands = || current.load(Ordering::Acquire) == link;
+                let tally = scan(&spans, pass, tools, &stands);
+                mailbox.push(Event::Scanned(link, order, tally));
+            }
+            Job::Stage { link, order, pages } => {
+                let copied = pages.iter().enumerate().map(|(index, page)| {
+                    page.as_ref()
+                        .is_some_and(|(region, page)| region.stage(*page, staging, index as u32))
+                });
+                let copied = copied.collect();
+                mailbox.push(Event::Staged(link, order, copied));
+            }
+        }
+    }
+}
+
+fn scan(spans: &[(Arc<Region>, Span)], pass: u16, tools: &mut ScanTools, stands: &dyn Fn() -> bool) -> Tally {
+    let mut total = Tally::default();
+    for (region, span) in spans {
+        let mut at = span.first;
+        while at < span.end() && stands() {
+            let part = Span {
+                first: at,
+                pages: (span.end().0 - at.0).min(STEP),
+            };
+            match region.scan(part, pass, tools) {
+                Some(Ok(tally)) => {
+                    total.checksummed += tally.checksummed;
+                    total.changed += tally.changed;
+                    total.broken += tally.broken;
+                }
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "pages are compared by checksum from here on");
+                    tools.pagemap = None;
+                    continue;
+                }
+                // Closed meanwhile.
+                None => break,
+            }
+            at = part.end();
+        }
+    }
+    total
+}

@@ -1,0 +1,131 @@
+//! One connection at work: how far its handshake is, its life page and epochs, and what waits for an answer.
+//!
+//! The remapper owns it and is the only one to send; nothing here waits for the broker.
+
+use super::link::Link;
+use super::{Error, orders};
+use crate::wire::{self, Answer, Kind, ToBroker};
+use ksmrs_sys::life::LifePage;
+use ksmrs_sys::page_table::ClientTable;
+use ksmrs_sys::region::Region;
+use ksmrs_sys::store::StoreFile;
+use ksmrs_sys::{PAGE_SIZE, StoreNumber};
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+/// The life page is turned again this long after a turn that nothing followed, then after ever longer pauses.
+const FIRST_TURN: Duration = Duration::from_millis(50);
+const TURN_PAUSE_GROWTH: u32 = 4;
+const LAST_TURN: Duration = Duration::from_secs(4);
+/// How far the handshake is.
+#[derive(PartialEq, Eq)]
+pub(super) enum Stage {
+    Hello,
+    Welcomed,
+    Ready,
+}
+
+/// A connection at work.
+pub(super) struct Session {
+    pub(super) link: Link,
+    pub(super) table: &'static ClientTable,
+    pub(super) stage: Stage,
+    pub(super) store: Option<(StoreNumber, StoreFile)>,
+    pub(super) life: Option<LifePage>,
+    pub(super) epoch: u32,
+    pub(super) questions: BTreeMap<u32, Sender<Result<Answer, Error>>>,
+    pub(super) next_question: u32,
+    /// Closed regions that the broker has not let go yet.
+    pub(super) leaving: BTreeMap<u32, Arc<Region>>,
+    /// Regions that it did not take.
+    pub(super) refused: BTreeSet<u32>,
+    /// What handlers and unmerges had given up when the life page was last turned.
+    pub(super) given_up: u64,
+    /// When to turn the life page once more, and how long after that to do it again: the broker charges what was given up to the
+    /// epoch that the table says when it reads the words, which may be one later than the report's.
+    pub(super) turn_again: Option<(Instant, Duration)>,
+}
+
+impl Session {
+    /// A connection that said hello.
+    pub(super) fn new(link: Link, table: &'static ClientTable) -> Session {
+        Session {
+            link,
+            table,
+            stage: Stage::Hello,
+            store: None,
+            life: None,
+            epoch: 0,
+            questions: BTreeMap::new(),
+            next_question: 0,
+            leaving: BTreeMap::new(),
+            refused: BTreeSet::new(),
+            given_up: 0,
+            turn_again: None,
+        }
+    }
+
+    pub(super) fn join(&self, region: &Arc<Region>) -> Result<(), Error> {
+        let position = (region.address() / PAGE_SIZE % ksmrs_sys::EXTENT_PAGES as usize) as u16;
+        let kind = match region.kind() {
+            ksmrs_sys::protocol::Kind::Private => Kind::Private,
+            ksmrs_sys::protocol::Kind::Shared => Kind::Shared,
+        };
+        let join = ToBroker::Join {
+            region: orders::number(region),
+            kind,
+            first_word: region.first_word(),
+            pages: region.pages(),
+            position,
+            flags: 0,
+        };
+        self.link.send(&join, None)
+    }
+
+    pub(super) fn ask(&mut self, question: wire::Question, reply: Sender<Result<Answer, Error>>) -> Result<(), Error> {
+        self.next_question = self.next_question.wrapping_add(1);
+        let id = self.next_question;
+        self.questions.insert(id, reply);
+        self.link.send(&ToBroker::Ask { id, question }, None)
+    }
+
+    /// Begins an epoch. A fresh life page is mapped, then the table says so, and only then is the old page let go: at each moment
+    /// a child would inherit the life page of the epoch that the table says, or of the one before. Where the kernel has no
+    /// page to give, the epoch goes on, and what was given up waits with it.
+    pub(super) fn turn(&mut self) -> Result<(), Error> {
+        self.turn_again = Some((Instant::now() + FIRST_TURN, FIRST_TURN * TURN_PAUSE_GROWTH));
+        self.begin_epoch()
+    }
+
+    /// The turns that follow one after which nothing happens, ever later, until the broker has surely read its words.
+    pub(super) fn turn_if_due(&mut self) -> Result<(), Error> {
+        match self.turn_again {
+            Some((at, pause)) if at <= Instant::now() => {
+                let again = pause <= LAST_TURN;
+                self.turn_again = again.then(|| (Instant::now() + pause, pause * TURN_PAUSE_GROWTH));
+                self.begin_epoch()
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn begin_epoch(&mut self) -> Result<(), Error> {
+        let (life, fd) = match LifePage::new() {
+            Ok(fresh) => fresh,
+            Err(error) if self.life.is_none() => return Err(error.into()),
+            Err(error) => {
+                tracing::warn!(%error, epoch = self.epoch, "no life page for the next epoch");
+                return Ok(());
+            }
+        };
+        self.epoch += 1;
+        self.table.set_epoch(self.epoch);
+        self.link
+            .send(&ToBroker::Life { epoch: self.epoch }, Some(fd.as_fd()))?;
+        self.life = Some(life);
+        Ok(())
+    }
+}

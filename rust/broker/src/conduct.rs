@@ -1,0 +1,479 @@
+//! The broker's loop: one thread that listens, reads, decides and sends, and waits only in one place.
+//!
+//! ```text
+//! poll -> accept -> read what is there -> core decides -> merges answered -> send what can be sent -> ask life pages
+//! ```
+//!
+//! A client is *connected* while its socket is open, *departed* after, and *gone* when all its life pages took the seal; only
+//! then are its frames free. Whatever a client does wrong ends its own connection and is logged.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use ksmrs_core::{ClientId, Epoch};
+use ksmrs_sys::StoreNumber;
+use ksmrs_sys::peer::{Listener, Peer, Wait};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use crate::domain::Domain;
+use crate::lives::Lives;
+use crate::offence::Offence;
+use crate::session::{Phase, Session};
+use crate::wire::{Answer, BrokerEnd, Message, Question, ReceiveBuffer, Status, ToBroker, ToClient};
+
+/// Messages read from one client before the next one has its turn.
+const MESSAGES_PER_TURN: usize = 64;
+/// Domains of one broker; each has a store of its own.
+const MAX_DOMAINS: usize = 64;
+const MAX_DOMAIN_NAME: usize = 64;
+/// How long accepting pauses when descriptors run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Store numbers fit 8 bits, and 0 is none.
+const STORE_NUMBERS: std::ops::RangeInclusive<u8> = 1..=255;
+
+/// A client whose socket is closed, but whose frames may still be shown.
+struct Departed {
+    id: ClientId,
+    domain: String,
+    lives: Lives,
+}
+
+/// Everything that a broker holds.
+pub(crate) struct Conductor {
+    started: Instant,
+    listener: Option<Listener>,
+    sessions: BTreeMap<u32, Session>,
+    departed: Vec<Departed>,
+    domains: BTreeMap<String, Domain>,
+    last_client: u32,
+    store_slots: Option<u32>,
+    accept_again: Option<Duration>,
+    buffer: ReceiveBuffer,
+}
+
+impl Conductor {
+    pub(crate) fn new(listener: Option<Listener>, store_slots: Option<u32>) -> Conductor {
+        Conductor {
+            started: Instant::now(),
+            listener,
+            sessions: BTreeMap::new(),
+            departed: Vec::new(),
+            domains: BTreeMap::new(),
+            last_client: 0,
+            store_slots,
+            accept_again: None,
+            buffer: ReceiveBuffer::new(),
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Takes a connection over.
+    pub(crate) fn connected(&mut self, peer: Peer) {
+        self.last_client = self.last_client.wrapping_add(1);
+        let id = ClientId(self.last_client);
+        match Session::new(id, BrokerEnd::over(peer)) {
+            Ok(session) => {
+                tracing::debug!(client = id.0, pid = session.credentials.pid, "connected");
+                self.sessions.insert(id.0, session);
+            }
+            Err(offence) => tracing::warn!(client = id.0, %offence, "connection refused"),
+        }
+    }
+
+    /// Runs until nobody was connected for `idle`; without a listener until the last connection closed.
+    pub(crate) fn run(&mut self, idle: Duration) -> Result<(), Errno> {
+        let mut alone_since = Some(self.now());
+        loop {
+            let mut wake = self.turn();
+            if self.sessions.is_empty() {
+                let since = *alone_since.get_or_insert(self.now());
+                if self.listener.is_none() || self.now() >= since + idle {
+                    return Ok(());
+                }
+                wake = earliest(wake, Some(since + idle));
+            } else {
+                alone_since = None;
+            }
+            self.wait(wake)?;
+        }
+    }
+
+    /// The listener is given up: its socket is gone, and who connects now starts another broker.
+    pub(crate) fn close(self) {
+        for session in self.sessions.values() {
+            session.dismiss("the broker ends");
+        }
+    }
+
+    fn turn(&mut self) -> Option<Duration> {
+        let mut wake = None;
+        let now = self.now();
+        for domain in self.domains.values_mut() {
+            wake = earliest(wake, domain.conduct(now, &mut self.sessions));
+            wake = earliest(wake, domain.answer_merges(now, &mut self.sessions));
+        }
+        wake = earliest(wake, self.ask_lives());
+        let offenders: Vec<(u32, Offence)> = self
+            .sessions
+            .iter_mut()
+            .filter_map(|(&id, session)| session.flush().err().map(|offence| (id, offence)))
+            .collect();
+        if !offenders.is_empty() {
+            wake = Some(now);
+        }
+        for (id, offence) in offenders {
+            self.drop_client(id, Some(&offence));
+        }
+        earliest(wake, self.accept_again)
+    }
+
+    /// Asks about life pages whose time has come; returns when to ask next.
+    fn ask_lives(&mut self) -> Option<Duration> {
+        let now = self.now();
+        let mut wake = None;
+        let mut released = false;
+        for session in self.sessions.values_mut() {
+            if let Some(epoch) = session.lives.poll(true, now)
+                && let Some(domain) = session.domain.as_ref().and_then(|name| self.domains.get_mut(name))
+            {
+                domain.core.sealed(session.id, Epoch(epoch));
+                released = true;
+            }
+            wake = earliest(wake, session.lives.next_poll(true));
+        }
+        let domains = &mut self.domains;
+        self.departed.retain_mut(|departed| {
+            let sealed = departed.lives.poll(false, now);
+            let Some(domain) = domains.get_mut(&departed.domain) else {
+                return false;
+            };
+            if departed.lives.are_over() {
+                tracing::info!(client = departed.id.0, "gone; nothing shows its frames");
+                domain.core.client_gone(departed.id);
+                released = true;
+                return false;
+            }
+            if let Some(epoch) = sealed {
+                domain.core.sealed(departed.id, Epoch(epoch));
+                released = true;
+            }
+            wake = earliest(wake, departed.lives.next_poll(false));
+            true
+        });
+        if released { Some(now) } else { wake }
+    }
+
+    /// The one place to wait, then reads everything that came.
+    fn wait(&mut self, wake: Option<Duration>) -> Result<(), Errno> {
+        let now = self.now();
+        let timeout = wake.map(|wake| {
+            let left = wake.saturating_sub(now);
+            Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: i64::from(left.subsec_nanos()),
+            }
+        });
+        let accepting = self.accept_again.is_none_or(|again| now >= again);
+        if accepting {
+            self.accept_again = None;
+        }
+        let mut ids = Vec::with_capacity(self.sessions.len());
+        let mut fds = Vec::with_capacity(self.sessions.len() + 1);
+        for (&id, session) in &self.sessions {
+            let flags = if session.has_waiting() {
+                PollFlags::IN | PollFlags::OUT
+            } else {
+                PollFlags::IN
+            };
+            ids.push(id);
+            fds.push(PollFd::from_borrowed_fd(session.connection.as_fd(), flags));
+        }
+        if let Some(listener) = self.listener.as_ref().filter(|_| accepting) {
+            fds.push(PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN));
+        }
+        match rustix::event::poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+        let events: Vec<PollFlags> = fds.iter().map(PollFd::revents).collect();
+        drop(fds);
+        if events.len() > ids.len() && !events[ids.len()].is_empty() {
+            self.accept();
+        }
+        let readable = PollFlags::IN | PollFlags::HUP | PollFlags::ERR;
+        for (id, _) in ids
+            .into_iter()
+            .zip(events)
+            .filter(|(_, event)| event.intersects(readable))
+        {
+            self.read(id);
+        }
+        Ok(())
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.as_ref().map(Listener::accept) {
+                Some(Ok(Some(peer))) => self.connected(peer),
+                Some(Ok(None)) | None => return,
+                Some(Err(error)) => {
+                    tracing::warn!(%error, "cannot accept clients for a moment");
+                    self.accept_again = Some(self.now() + ACCEPT_PAUSE);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn read(&mut self, id: u32) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(session) = self.sessions.get(&id) else { return };
+            let result = match session.connection.receive(&mut self.buffer, Wait::No) {
+                Err(error) if error.is_would_block() => return,
+                Err(error) if error.is_closed() => return self.drop_client(id, None),
+                Err(error) => Err(error.into()),
+                Ok((message, fd)) => self.hear(id, message, fd),
+            };
+            if let Err(offence) = result {
+                return self.drop_client(id, Some(&offence));
+            }
+        }
+    }
+
+    /// Ends a connection. What the client shows stays until its life pages say otherwise.
+    fn drop_client(&mut self, id: u32, offence: Option<&Offence>) {
+        let Some(mut session) = self.sessions.remove(&id) else {
+            return;
+        };
+        let pid = session.credentials.pid;
+        match offence {
+            Some(offence) => {
+                tracing::warn!(client = id, pid, %offence, "client dropped");
+                session.dismiss(&offence.to_string());
+            }
+            None => tracing::info!(client = id, pid, "client closed its socket"),
+        }
+        let Some(name) = session.domain.take() else { return };
+        if let Some(domain) = self.domains.get_mut(&name) {
+            domain.lost(&session);
+        }
+        session.lives.hurry(self.started.elapsed());
+        self.departed.push(Departed {
+            id: session.id,
+            domain: name,
+            lives: session.lives,
+        });
+    }
+
+    fn hear(&mut self, id: u32, message: ToBroker, fd: Option<OwnedFd>) -> Result<(), Offence> {
+        let now = self.now();
+        let name = message.name();
+        if let ToBroker::Hello {
+            release,
+            domain,
+            pid,
+            stores,
+        } = message
+        {
+            return self.hello(id, &release, domain, pid, &stores);
+        }
+        let status = if matches!(
+            message,
+            ToBroker::Ask {
+                question: Question::Status,
+                ..
+            }
+        ) {
+            Some(self.status())
+        } else {
+            None
+        };
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return Ok(());
+        };
+        session.expect_from(name, Phase::Welcome)?;
+        let Some(domain) = session.domain.as_ref().and_then(|name| self.domains.get_mut(name)) else {
+            return Err(Offence::OutOfOrder {
+                message: name,
+                phase: "before Hello",
+            });
+        };
+        let missing = || Offence::OutOfOrder {
+            message: name,
+            phase: "without its descriptor",
+        };
+        match message {
+            ToBroker::Hello { .. } => Ok(()),
+            ToBroker::Life { epoch } => session.take_life(epoch, fd.ok_or_else(missing)?, now),
+            ToBroker::Table { pages } => session.take_table(pages, &fd.ok_or_else(missing)?),
+            ToBroker::Staging => session.take_staging(&fd.ok_or_else(missing)?),
+            ToBroker::Ask {
+                id,
+                question: Question::Status,
+            } => match status {
+                Some(status) => session.send(
+                    &ToClient::Answer {
+                        id,
+                        answer: Answer::Status(status),
+                    },
+                    None,
+                ),
+                None => Ok(()),
+            },
+            ToBroker::Ask { id, question } => domain.ask(session, id, question, now),
+            ToBroker::Bye { reason } => {
+                tracing::info!(client = id, reason, "client says bye");
+                Ok(())
+            }
+            message => {
+                session.expect(name, Phase::Ready)?;
+                match message {
+                    ToBroker::Join {
+                        region,
+                        kind,
+                        first_word,
+                        pages,
+                        position,
+                        flags: _,
+                    } => match domain.join(session, region, kind, (first_word, pages), position) {
+                        Ok(()) => session.send(&ToClient::Joined { region }, None),
+                        Err(reason) => {
+                            tracing::warn!(client = id, region, reason, "region refused");
+                            session.send(&ToClient::Refused { region, reason }, None)
+                        }
+                    },
+                    ToBroker::Leave { region } => {
+                        domain.leave(session, region)?;
+                        session.send(&ToClient::Left { region }, None)
+                    }
+                    ToBroker::Scanned { order, counts } => {
+                        tracing::trace!(client = id, order, ?counts, "scanned");
+                        domain.scanned(session, order, now)
+                    }
+                    ToBroker::Staged { order, copied } => domain.staged(session, order, &copied),
+                    ToBroker::Mapped { order, outcomes, vmas } => {
+                        tracing::trace!(client = id, order, vmas, "mapped");
+                        domain.mapped(session, order, &outcomes)
+                    }
+                    ToBroker::Unmapped { order, .. } => domain.unmapped(session, order),
+                    ToBroker::Failed { order, failure } => domain.failed(session, order, failure),
+                    _ => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn hello(&mut self, id: u32, release: &str, name: String, pid: u32, stores: &[u8]) -> Result<(), Offence> {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return Ok(());
+        };
+        session.expect("Hello", Phase::Silent)?;
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+        if name.is_empty() || name.len() > MAX_DOMAIN_NAME || !name.chars().all(is_plain) {
+            return Err(Offence::DomainName {
+                name: name.chars().take(MAX_DOMAIN_NAME).collect(),
+            });
+        }
+        let Some(number) = STORE_NUMBERS.into_iter().find(|number| !stores.contains(number)) else {
+            return Err(Offence::TooMany {
+                what: "stores in one client's words",
+                limit: STORE_NUMBERS.len() - 1,
+            });
+        };
+        if !self.domains.contains_key(&name) {
+            if self.domains.len() >= MAX_DOMAINS {
+                self.domains.retain(|_, domain| !domain.is_vacant());
+            }
+            if self.domains.len() >= MAX_DOMAINS {
+                return Err(Offence::TooMany {
+                    what: "domains",
+                    limit: MAX_DOMAINS,
+                });
+            }
+            self.domains.insert(name.clone(), Domain::new(&name, self.store_slots)?);
+        }
+        let Some(domain) = self.domains.get_mut(&name) else {
+            return Ok(());
+        };
+        let store_fd = domain.store.read_only()?;
+        domain.core.client_joined(session.id);
+        if let Some(maximum) = max_map_count() {
+            domain.core.set_budget(session.id, maximum / 3);
+        }
+        session.store = StoreNumber(number);
+        session.phase = Phase::Welcome;
+        tracing::info!(
+            client = id,
+            pid = session.credentials.pid,
+            says = pid,
+            release,
+            domain = name,
+            "client joined"
+        );
+        session.domain = Some(name);
+        let welcome = ToClient::Welcome {
+            client: id,
+            key: domain.key,
+            store: number,
+            slots: domain.store.slots(),
+        };
+        session.send(&welcome, Some(store_fd))
+    }
+
+    fn status(&self) -> Status {
+        let embedded = self.listener.is_none();
+        let clock = if embedded {
+            rustix::time::ClockId::ThreadCPUTime
+        } else {
+            rustix::time::ClockId::ProcessCPUTime
+        };
+        let cpu = rustix::time::clock_gettime(clock);
+        let stores = self.domains.values().filter_map(|domain| domain.store.allocated().ok());
+        Status {
+            pid: std::process::id(),
+            release: env!("CARGO_PKG_VERSION").to_owned(),
+            clients: self
+                .sessions
+                .values()
+                .filter(|session| session.phase == Phase::Ready)
+                .count() as u32,
+            domains: self.domains.len() as u32,
+            uptime_ms: self.now().as_millis() as u64,
+            resident_bytes: resident_bytes().unwrap_or(0),
+            store_bytes: stores.sum(),
+            cpu_ms: cpu.tv_sec as u64 * 1000 + cpu.tv_nsec as u64 / 1_000_000,
+            embedded,
+        }
+    }
+}
+
+fn earliest(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {
+    match (one, other) {
+        (Some(one), Some(other)) => Some(one.min(other)),
+        (one, other) => one.or(other),
+    }
+}
+
+/// `vm.max_map_count`, of which merging may use a third.
+fn max_map_count() -> Option<u32> {
+    std::fs::read_to_string("/proc/sys/vm/max_map_count")
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
+}
+
+/// Anonymous and file memory of this process; windows of the frame stores are shared memory and not counted.
+fn resident_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let kibibytes = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim_end_matches("kB").trim().parse::<u64>().ok()
+    };
+    Some((kibibytes("RssAnon:")? + kibibytes("RssFile:")?) * 1024)
+}

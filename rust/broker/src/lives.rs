@@ -1,0 +1,150 @@
+//! The life pages of one client, in epochs, and when to ask the kernel about them again.
+//!
+//! Relies on `ksmrs_sys::life` for the one question that matters. While the client is connected its latest page is not asked
+//! about: it would be busy, and asking again after it took the seal would end an epoch that goes on.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use ksmrs_sys::life::{self, Seal};
+
+use crate::offence::Offence;
+
+/// Life pages of one client that somebody still maps; forked children keep them. Each is a descriptor of the broker's.
+const MAX_PAGES: usize = 1024;
+/// The client unmaps the old page right after it sent the new one; a child may keep it for days.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(256);
+
+/// Life pages that have not taken the seal, oldest first.
+#[derive(Debug, Default)]
+pub(crate) struct Lives {
+    pages: VecDeque<(u32, OwnedFd)>,
+    latest: Option<u32>,
+    pause: Duration,
+    next: Option<Duration>,
+}
+
+impl Lives {
+    /// Vets and keeps the life page of a new epoch.
+    pub(crate) fn turn(&mut self, epoch: u32, fd: OwnedFd, now: Duration) -> Result<(), Offence> {
+        if let Some(current) = self.latest.filter(|&current| epoch <= current) {
+            return Err(Offence::Epoch { epoch, current });
+        }
+        life::vet(&fd)?;
+        if self.pages.len() >= MAX_PAGES {
+            return Err(Offence::TooMany {
+                what: "life pages in use",
+                limit: MAX_PAGES,
+            });
+        }
+        self.pages.push_back((epoch, fd));
+        self.latest = Some(epoch);
+        self.hurry(now);
+        Ok(())
+    }
+
+    /// The epoch that what is given up now belongs to; `None` before the first life page.
+    pub(crate) fn current(&self) -> Option<u32> {
+        self.latest
+    }
+
+    /// Asks soon, because something changed.
+    pub(crate) fn hurry(&mut self, now: Duration) {
+        self.pause = FIRST_PAUSE;
+        self.next = Some(now);
+    }
+
+    /// When to ask again; `None` when there is nothing to ask.
+    pub(crate) fn next_poll(&self, connected: bool) -> Option<Duration> {
+        if self.pages.len() > usize::from(connected) {
+            self.next
+        } else {
+            None
+        }
+    }
+
+    /// Asks about every page whose time has come. Returns the highest epoch up to which all have taken the seal, if that may
+    /// have changed.
+    pub(crate) fn poll(&mut self, connected: bool, now: Duration) -> Option<u32> {
+        if self.next_poll(connected).is_none_or(|next| now < next) {
+            return None;
+        }
+        let latest = self.latest.filter(|_| connected);
+        let before = self.pages.len();
+        self.pages.retain(|(epoch, fd)| {
+            if Some(*epoch) == latest {
+                return true;
+            }
+            match life::try_seal(fd) {
+                Seal::Taken => false,
+                Seal::Busy => true,
+                Seal::Hostile(errno) => {
+                    tracing::debug!(
+                        epoch,
+                        errno,
+                        "a life page answers neither yes nor no; what it stands for is kept"
+                    );
+                    true
+                }
+            }
+        });
+        self.next = Some(now + self.pause);
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        if self.pages.len() == before {
+            return None;
+        }
+        match self.pages.front() {
+            Some(&(epoch, _)) => epoch.checked_sub(1),
+            None => self.latest,
+        }
+    }
+
+    /// Whether no address space shows anything of this client any more.
+    pub(crate) fn are_over(&self) -> bool {
+        self.pages.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ksmrs_sys::life::LifePage;
+
+    const LATER: Duration = Duration::from_secs(9);
+
+    #[test]
+    fn an_epoch_ends_when_all_pages_up_to_it_took_the_seal() {
+        let mut lives = Lives::default();
+        let mut pages: Vec<Option<LifePage>> = Vec::new();
+        for epoch in 1..=4 {
+            let (page, fd) = LifePage::new().unwrap();
+            lives.turn(epoch, fd, Duration::ZERO).unwrap();
+            pages.push(Some(page));
+        }
+        assert_eq!(lives.poll(true, LATER), None);
+        pages[1] = None;
+        assert_eq!(lives.poll(true, 2 * LATER), Some(0), "epoch 1 is still shown");
+        pages[0] = None;
+        assert_eq!(lives.poll(true, 3 * LATER), Some(2));
+        pages[2] = None;
+        pages[3] = None;
+        assert_eq!(lives.poll(true, 4 * LATER), Some(3));
+        assert!(!lives.are_over() && lives.next_poll(true).is_none());
+        assert_eq!(lives.poll(false, 5 * LATER), Some(4));
+        assert!(lives.are_over());
+    }
+
+    #[test]
+    fn epochs_only_rise() {
+        let mut lives = Lives::default();
+        let (_one, fd) = LifePage::new().unwrap();
+        lives.turn(7, fd, Duration::ZERO).unwrap();
+        let (_two, fd) = LifePage::new().unwrap();
+        assert!(matches!(
+            lives.turn(7, fd, Duration::ZERO),
+            Err(Offence::Epoch { epoch: 7, current: 7 })
+        ));
+    }
+}

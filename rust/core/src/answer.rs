@@ -1,0 +1,454 @@
+//! What happened: answers to orders, and what each says about pages.
+//!
+//! Per page looked at, as the kernel's `cmp_and_merge_page`: still where it was? changed in this pass? zero? in the stable
+//! tree? waiting to be founded? in the unstable tree? else a candidate. Answers to unknown orders are ignored, for a client may
+//! be gone when its answer is read. Relies on the driver to have read the words after the report arrived; believes only what
+//! core itself proposed.
+
+use crate::checksum::Checksum;
+use crate::frame::Slot;
+use crate::limbo::Epoch;
+use crate::order::{OrderId, Task};
+use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
+use crate::region::ClientId;
+use crate::{Core, tunables};
+use std::time::Duration;
+
+/// A page's state word in core's terms, words of old stores read as their origin would be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Private without any memory: nothing to merge.
+    Unbacked,
+    /// Private, or showing a frame of an old store: mergeable.
+    Own,
+    /// Shows this frame.
+    Merged(Slot),
+    /// All zero, without memory.
+    Zero,
+    /// Own memory inside a mapping of this slot: mergeable.
+    Broken(Slot),
+    /// A private copy over this slot: mergeable.
+    Detached(Slot),
+    /// Out of the protocol on request, inside a mapping of this slot if any.
+    Held(Option<Slot>),
+    /// On its way; the next scan sees where it went.
+    Busy,
+    /// Means nothing here: its region is ending, or the word is damaged.
+    Foreign,
+}
+
+/// What the driver read of one page after a report arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Observation {
+    /// Where the page is.
+    pub seen: Seen,
+    /// Its checksum, and whether that took its value in this pass; `None` if it was not read.
+    pub checksum: Option<(Checksum, bool)>,
+}
+
+/// What became of one run of a Map order; bit `i % 64` of word `i / 64` is its `i`th page.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct RunOutcome {
+    /// Pages whose word is Merged, Zero or Detached with the slot proposed, or on its way from there.
+    pub merged: [u64; 8],
+    /// Pages whose word is Broken or Held with the slot proposed: written since they were merged.
+    pub covering: [u64; 8],
+    /// Why the run was not mapped, if for another reason than its content.
+    pub failure: Option<RunFailure>,
+}
+
+/// Why a client could not map a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RunFailure {
+    /// It has as many mappings as the kernel allows: nothing more is proposed to it in this pass.
+    MappingLimit,
+    /// Anything else.
+    Other,
+}
+
+/// Pages to be written from the staging area into the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fill {
+    /// Index of the first of them into the Stage order.
+    pub staging_index: u16,
+    /// The first slot.
+    pub slot: Slot,
+    /// How many.
+    pub pages: u16,
+    /// They are a whole fresh extent, worth making huge before it is written.
+    pub whole_extent: bool,
+}
+
+impl Core {
+    /// The answer to a Scan: one observation per page of the order, in its order. Missing ones are pages not looked at.
+    pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
+        self.now = self.now.max(now);
+        let is_scan = |task: &Task| matches!(task, Task::Scan(_));
+        let Some((id, Task::Scan(ranges))) = self.close(order, is_scan) else {
+            return;
+        };
+        let epoch = self.raise_epoch(id, epoch);
+        let mut observations = observations.iter();
+        for &range in &ranges {
+            let region = self.regions.of(range.first).map(|region| region.range);
+            for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
+                if let Some(region) = region {
+                    self.observe(id, region, page, *observation, epoch);
+                }
+            }
+        }
+        self.unpin(&Task::Scan(ranges));
+        if self.pace.wake.is_some() {
+            self.pace.wake = Some(self.now + self.pause());
+        }
+        self.refresh(id);
+    }
+
+    /// Ends an order of the expected kind; its client may be asked again.
+    fn close(&mut self, order: OrderId, expected: impl Fn(&Task) -> bool) -> Option<(ClientId, Task)> {
+        if !expected(&self.orders.get(order)?.task) {
+            return None;
+        }
+        let closed = self.orders.close(order)?;
+        self.answered(closed.client, order);
+        Some((closed.client, closed.task))
+    }
+
+    fn answered(&mut self, id: ClientId, order: OrderId) {
+        let Some(client) = self.clients.get_mut(&id) else {
+            return;
+        };
+        for open in [&mut client.scanner, &mut client.remapper] {
+            if *open == Some(order) {
+                *open = None;
+            }
+        }
+        let others = [client.scanner, client.remapper];
+        client.stalled &= others
+            .into_iter()
+            .flatten()
+            .any(|order| self.orders.is_overdue(order, self.now));
+    }
+
+    fn observe(&mut self, id: ClientId, region: PageRange, page: PageNumber, observation: Observation, epoch: Epoch) {
+        self.events.scanned += 1;
+        if self.pages.is(page, Mark::Busy) || !self.relocate(id, region, page, observation.seen, epoch, true) {
+            return;
+        }
+        self.unstable.remove(&mut self.pages, page);
+        self.mark(page, Mark::Unshared, false);
+        let has_memory = !matches!(observation.seen, Seen::Unbacked | Seen::Zero);
+        self.mark_item(id, page, has_memory);
+        if !matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_)) {
+            return;
+        }
+        if let Some((checksum, changed)) = observation.checksum
+            && self.tunables.run != tunables::run::UNMERGE
+            && self.clients.get(&id).is_some_and(|client| client.is_planned())
+            && (!changed || self.pace.is_requested())
+        {
+            self.place(id, page, checksum.masked());
+        }
+    }
+
+    /// Brings the page's place in line with what was seen; `false` if that tells nothing or cannot be.
+    fn relocate(
+        &mut self,
+        id: ClientId,
+        region: PageRange,
+        page: PageNumber,
+        seen: Seen,
+        epoch: Epoch,
+        writes_count: bool,
+    ) -> bool {
+        let from = self.pages.place(page);
+        let known = from.slot();
+        let to = match seen {
+            Seen::Busy | Seen::Foreign => return false,
+            Seen::Own | Seen::Unbacked | Seen::Held(None) => Place::Own,
+            Seen::Merged(slot) if from == Place::Merged(slot) => from,
+            Seen::Zero if from == Place::Zero => from,
+            Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
+            Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
+                Place::Detached(slot)
+            }
+            _ => {
+                self.events.disbelieved += 1;
+                return false;
+            }
+        };
+        let was_written = matches!(seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_));
+        if writes_count && was_written && matches!(from, Place::Merged(_)) && to != from {
+            self.events.cow += 1;
+        }
+        self.move_page(page, to, region, id, Some(epoch));
+        true
+    }
+
+    /// Finds an equal for a page with this content, or files it as a candidate.
+    fn place(&mut self, id: ClientId, page: PageNumber, checksum: Checksum) {
+        if checksum == self.zero && self.tunables.use_zero_pages == 1 {
+            return self.propose(id, page, Slot::ZERO);
+        }
+        let most = self.tunables.max_page_sharing;
+        if let Some(slot) = self.rmap.stable.find(&self.rmap.frames, checksum, most) {
+            return self.propose(id, page, slot);
+        }
+        if let Some(founding) = self.foundings.find(checksum) {
+            self.pages.mark(page, Mark::Busy, true);
+            return self.foundings.wait(founding, page, most);
+        }
+        let tag = checksum.tag();
+        if let Some(other) = self.unstable.find(&self.pages, tag) {
+            self.unstable.remove(&mut self.pages, other);
+            let partner = self.regions.of(other).map(|region| region.client);
+            if partner
+                .and_then(|id| self.clients.get(&id))
+                .is_some_and(|client| client.is_planned())
+            {
+                self.mark(other, Mark::Unshared, false);
+                let founding = self.foundings.begin(checksum, page);
+                for page in [other, page] {
+                    self.pages.mark(page, Mark::Busy, true);
+                    self.foundings.wait(founding, page, most);
+                }
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.stages.push((page, founding));
+                }
+                return;
+            }
+        }
+        self.unstable.insert(&mut self.pages, page, tag);
+        self.mark(page, Mark::Unshared, true);
+    }
+
+    /// The answer to a Stage: which of its pages were copied. Fill the frames, then tell [`Core::filled`]; nothing to fill
+    /// needs no such call.
+    pub fn staged(&mut self, order: OrderId, copied: &dyn Fn(usize) -> bool) -> Vec<Fill> {
+        let is_stage = |task: &Task| matches!(task, Task::Stage(_));
+        let Some(open) = self.orders.get(order).filter(|order| is_stage(&order.task)) else {
+            return Vec::new();
+        };
+        let id = open.client;
+        let Task::Stage(entries) = self.orders.replace(order, Task::Fill(Vec::new())) else {
+            return Vec::new();
+        };
+        let (mut fills, mut filling): (Vec<Fill>, Vec<_>) = (Vec::new(), Vec::new());
+        for (index, (_, founding, slot)) in entries.into_iter().enumerate() {
+            if !copied(index) || !self.foundings.is_live(founding) {
+                self.end_founding(founding);
+                self.foundings.forget(founding);
+                self.rmap.abandon(slot, false);
+                continue;
+            }
+            filling.push((founding, slot));
+            match fills.last_mut() {
+                Some(fill)
+                    if usize::from(fill.staging_index + fill.pages) == index
+                        && fill.slot.0 + u32::from(fill.pages) == slot.0 =>
+                {
+                    fill.pages += 1;
+                }
+                _ => fills.push(Fill {
+                    staging_index: index as u16,
+                    slot,
+                    pages: 1,
+                    whole_extent: false,
+                }),
+            }
+        }
+        for fill in &mut fills {
+            fill.whole_extent = u32::from(fill.pages) == WINDOW && fill.slot.0.is_multiple_of(WINDOW);
+            if fill.whole_extent {
+                self.rmap.frames.set_huge(fill.slot);
+            }
+        }
+        if filling.is_empty() {
+            self.orders.close(order);
+        } else {
+            self.orders.replace(order, Task::Fill(filling));
+        }
+        self.answered(id, order);
+        self.refresh(id);
+        fills
+    }
+
+    /// The frames of a Stage are filled: the checksum of each *frame*, in the order of the fills; `None` where it could not
+    /// be written.
+    pub fn filled(&mut self, order: OrderId, checksums: &[Option<Checksum>]) {
+        if !self
+            .orders
+            .get(order)
+            .is_some_and(|order| matches!(order.task, Task::Fill(_)))
+        {
+            return;
+        }
+        let Some(Task::Fill(filling)) = self.orders.close(order).map(|order| order.task) else {
+            return;
+        };
+        let mut touched: Vec<ClientId> = Vec::new();
+        let checksums = checksums.iter().copied().chain(std::iter::repeat(None));
+        for ((founding, slot), found) in filling.into_iter().zip(checksums) {
+            let expected = self
+                .foundings
+                .is_live(founding)
+                .then(|| self.foundings.checksum(founding));
+            let waiters = if expected.is_some() {
+                self.foundings.end(founding)
+            } else {
+                Vec::new()
+            };
+            self.foundings.forget(founding);
+            let client_of = |core: &Core, page| {
+                let client = core.regions.of(page)?.client;
+                core.clients.get(&client)?.is_planned().then_some(client)
+            };
+            let planned = waiters.iter().filter(|&&page| client_of(self, page).is_some()).count();
+            for &page in &waiters {
+                self.pages.mark(page, Mark::Busy, false);
+            }
+            // A frame for one page saves nothing; a frame of another content was staged from a page that changed.
+            if planned < 2 || found.map(Checksum::masked) != expected {
+                self.rmap.abandon(slot, true);
+                continue;
+            }
+            self.rmap.frames.fill(slot, expected.unwrap_or(self.zero));
+            self.rmap.stable.insert(&mut self.rmap.frames, slot);
+            for page in waiters {
+                if let Some(client) = client_of(self, page) {
+                    self.propose(client, page, slot);
+                    touched.push(client);
+                }
+            }
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        for client in touched {
+            self.refresh(client);
+        }
+    }
+
+    /// The answer to a Map: what became of each run, read from the words after the report arrived.
+    pub fn mapped(&mut self, order: OrderId, epoch: Epoch, outcomes: &[RunOutcome]) {
+        let is_map = |task: &Task| matches!(task, Task::Map(_));
+        let Some((id, Task::Map(runs))) = self.close(order, is_map) else {
+            return;
+        };
+        let epoch = self.raise_epoch(id, epoch);
+        for (index, &run) in runs.iter().enumerate() {
+            let outcome = outcomes.get(index).copied().unwrap_or_default();
+            self.run_mapped(id, run, &outcome, epoch);
+            if outcome.failure == Some(RunFailure::MappingLimit)
+                && let Some(client) = self.clients.get_mut(&id)
+            {
+                client.at_limit = true;
+            }
+        }
+        self.unpin(&Task::Map(runs));
+        self.refresh(id);
+    }
+
+    fn run_mapped(&mut self, id: ClientId, run: Run, outcome: &RunOutcome, epoch: Epoch) {
+        let region = self.regions.of(run.first).map(|region| region.range);
+        let has = |bits: &[u64; 8], i: usize| bits[i / 64] >> (i % 64) & 1 != 0;
+        for (i, (page, slot)) in run.iter().enumerate() {
+            let Some(region) = region else {
+                // It left, so its page shows nothing now; a child made on the way may.
+                self.rmap.retire(slot, id, epoch);
+                continue;
+            };
+            self.pages.mark(page, Mark::Busy, false);
+            if has(&outcome.merged, i) {
+                self.events.merges += 1;
+                self.pages.set_age(page, 0, 0);
+                self.move_proposed(id, region, page, slot, Place::showing(slot), epoch);
+            } else if has(&outcome.covering, i) && slot != Slot::ZERO {
+                self.events.merges += 1;
+                self.events.cow += 1;
+                self.move_proposed(id, region, page, slot, Place::Covering(slot), epoch);
+            } else {
+                self.rmap.retire(slot, id, epoch);
+            }
+        }
+    }
+
+    fn move_proposed(
+        &mut self,
+        id: ClientId,
+        region: PageRange,
+        page: PageNumber,
+        slot: Slot,
+        to: Place,
+        epoch: Epoch,
+    ) {
+        // The same place again (a broken page merged and broken again on the way): only the proposal is over.
+        self.move_page(page, to, region, id, Some(epoch));
+        if to == Place::showing(slot) {
+            self.rmap.withdraw(slot);
+        } else {
+            self.rmap.retire(slot, id, epoch);
+        }
+    }
+
+    /// The answer to an Unmap: where each page of the order is now.
+    pub fn unmapped(&mut self, order: OrderId, epoch: Epoch, seen: &[Seen]) {
+        let is_unmap = |task: &Task| matches!(task, Task::Unmap(_));
+        let Some((id, Task::Unmap(ranges))) = self.close(order, is_unmap) else {
+            return;
+        };
+        let epoch = self.raise_epoch(id, epoch);
+        let mut seen = seen.iter();
+        for &range in &ranges {
+            let region = self.regions.of(range.first).map(|region| region.range);
+            let mut seen = seen.by_ref().take(range.pages as usize);
+            for page in range.iter() {
+                let seen = seen.next().copied();
+                let Some(region) = region else { continue };
+                self.pages.mark(page, Mark::Busy, false);
+                let before = self.pages.place(page);
+                self.relocate(id, region, page, seen.unwrap_or(Seen::Busy), epoch, false);
+                if self.pages.place(page) != before
+                    && let Some(client) = self.clients.get_mut(&id)
+                {
+                    client.unmapped = true;
+                }
+            }
+        }
+        self.unpin(&Task::Unmap(ranges));
+        self.refresh(id);
+    }
+
+    /// The client refused a whole order: nothing of it was done.
+    pub fn order_refused(&mut self, order: OrderId, epoch: Epoch) {
+        let Some((id, task)) = self.close(order, |task| !matches!(task, Task::Fill(_))) else {
+            return;
+        };
+        let epoch = self.raise_epoch(id, epoch);
+        match &task {
+            Task::Scan(_) | Task::Fill(_) => {}
+            Task::Stage(entries) => self.abandon_stage(entries),
+            Task::Map(runs) => {
+                for (page, slot) in runs.iter().flat_map(|run| run.iter()) {
+                    self.clear_busy(page);
+                    self.rmap.retire(slot, id, epoch);
+                }
+            }
+            Task::Unmap(ranges) => {
+                for page in ranges.iter().flat_map(|range| range.iter()) {
+                    self.clear_busy(page);
+                }
+            }
+        }
+        self.unpin(&task);
+        self.refresh(id);
+    }
+
+    /// Nothing of a Stage order was copied: its slots were never written.
+    pub(crate) fn abandon_stage(&mut self, entries: &[(PageNumber, crate::FoundingId, Slot)]) {
+        for &(_, founding, slot) in entries {
+            self.end_founding(founding);
+            self.foundings.forget(founding);
+            self.rmap.abandon(slot, false);
+        }
+    }
+}

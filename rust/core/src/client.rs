@@ -1,0 +1,77 @@
+//! Clients: what core knows of each process.
+//!
+//! A client does two things at a time, like its two threads: one order for the scanner (Scan, Stage) and one for the remapper
+//! (Map, Unmap), so never more than two are open. Never talks to anybody.
+
+use crate::founding::FoundingId;
+use crate::frame::Slot;
+use crate::limbo::Epoch;
+use crate::order::OrderId;
+use crate::page::PageNumber;
+use crate::region::RegionId;
+
+/// Where the scan, or run=2, goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Cursor {
+    /// Index into the client's regions.
+    pub region: usize,
+    /// Pages of it that are done.
+    pub pages: u32,
+}
+
+#[derive(Default)]
+pub(crate) struct Client {
+    pub regions: Vec<RegionId>,
+    /// The latest epoch it gave something up in.
+    pub epoch: Epoch,
+    pub scan: Cursor,
+    /// The cursor reached the end in this pass.
+    pub scanned: bool,
+    pub unmap: Cursor,
+    /// Whether the current sweep of run=2 unmapped anything.
+    pub unmapped: bool,
+    /// Nothing could be unmapped: the next sweep waits a little.
+    pub rests: bool,
+    pub scanner: Option<OrderId>,
+    pub remapper: Option<OrderId>,
+    /// Owes an answer for too long.
+    pub stalled: bool,
+    /// Its socket is closed, its death not certain.
+    pub lost: bool,
+    /// Pages with the slots they are to show, proposals not sent yet.
+    pub maps: Vec<(PageNumber, Slot)>,
+    /// Pages to be copied out.
+    pub stages: Vec<(PageNumber, FoundingId)>,
+    /// VMAs that merging may add.
+    pub budget: Option<u32>,
+    /// Boundaries between neighbours inside its regions that need a VMA each.
+    pub boundaries: u32,
+    /// Set when it met its mapping limit, until the pass ends.
+    pub at_limit: bool,
+    pub merged: u64,
+    pub zero: u64,
+    pub items: u64,
+    pub pages: u64,
+    /// Counted as having work left in this pass.
+    pub in_pass: bool,
+    /// Open orders counted as active.
+    pub active: u32,
+    /// Whether it is queued, per queue.
+    pub queued: [bool; 3],
+}
+
+impl Client {
+    /// Whether anything is planned for it.
+    pub(crate) fn is_planned(&self) -> bool {
+        !self.stalled && !self.lost
+    }
+
+    /// VMAs that merging may still add.
+    pub(crate) fn vmas_left(&self) -> i64 {
+        match self.budget {
+            _ if self.at_limit => 0,
+            Some(budget) => i64::from(budget) - i64::from(self.boundaries),
+            None => i64::MAX,
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Regions: who owns which page numbers.
+//!
+//! Hands out ranges of page numbers so that `number % 512` is the page's position in its 2 MiB window, and takes a range back
+//! only when its region left *and* no open order names a page of it any more. Relies on nothing; never looks at a page.
+
+use crate::page::{PageNumber, PageRange, WINDOW};
+use hashbrown::HashMap;
+use std::collections::BTreeMap;
+
+/// A process with regions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClientId(pub u32);
+
+/// An address range that a client opted in; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionId(pub u32);
+
+/// What kind of memory a region is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Private anonymous memory.
+    Private,
+    /// A MAP_SHARED object.
+    Shared,
+}
+
+/// Which extent served a region last, so that the next frames continue it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hint {
+    /// The window of pages that the extent was taken for.
+    pub window: u32,
+    /// The extent.
+    pub extent: u32,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Region {
+    pub client: ClientId,
+    pub kind: Kind,
+    pub range: PageRange,
+    pub hint: Option<Hint>,
+    /// Open orders that name pages of it.
+    pub pins: u32,
+    pub left: bool,
+}
+
+#[derive(Default)]
+pub(crate) struct Regions {
+    all: HashMap<RegionId, Region>,
+    by_first: BTreeMap<u32, RegionId>,
+    free: BTreeMap<u32, u32>,
+    end: u32,
+    next: u32,
+    /// Regions of each kind that have not left.
+    pub private: u64,
+    pub shared: u64,
+}
+
+impl Regions {
+    /// Takes page numbers for a region; `None` when 2^32 are not enough.
+    pub(crate) fn join(
+        &mut self,
+        client: ClientId,
+        kind: Kind,
+        pages: u32,
+        position: u16,
+    ) -> Option<(RegionId, PageNumber)> {
+        let first = self.take_numbers(pages, u32::from(position) % WINDOW)?;
+        self.next += 1;
+        let id = RegionId(self.next);
+        let range = PageRange {
+            first: PageNumber(first),
+            pages,
+        };
+        self.all.insert(
+            id,
+            Region {
+                client,
+                kind,
+                range,
+                hint: None,
+                pins: 0,
+                left: false,
+            },
+        );
+        self.by_first.insert(first, id);
+        *self.count(kind) += 1;
+        Some((id, PageNumber(first)))
+    }
+
+    fn count(&mut self, kind: Kind) -> &mut u64 {
+        match kind {
+            Kind::Private => &mut self.private,
+            Kind::Shared => &mut self.shared,
+        }
+    }
+
+    fn take_numbers(&mut self, pages: u32, position: u32) -> Option<u32> {
+        let up = |from: u32| from.checked_add(position.wrapping_sub(from) % WINDOW);
+        let hole = self.free.iter().find_map(|(&from, &length)| {
+            let first = up(from)?;
+            (first.checked_add(pages)? <= from + length).then_some((from, length, first))
+        });
+        if let Some((from, length, first)) = hole {
+            self.free.remove(&from);
+            self.give_numbers(from, first - from);
+            self.give_numbers(first + pages, from + length - first - pages);
+            return Some(first);
+        }
+        let first = up(self.end)?;
+        // The last number is left out, so that `first + pages` of every range is a u32.
+        let end = first.checked_add(pages).filter(|&end| end < u32::MAX)?;
+        self.give_numbers(self.end, first - self.end);
+        self.end = end;
+        Some(first)
+    }
+
+    fn give_numbers(&mut self, mut first: u32, mut length: u32) {
+        if length == 0 {
+            return;
+        }
+        if let Some((&before, &pages)) = self.free.range(..first).next_back()
+            && before + pages == first
+        {
+            self.free.remove(&before);
+            first = before;
+            length += pages;
+        }
+        if let Some(pages) = self.free.remove(&(first + length)) {
+            length += pages;
+        }
+        self.free.insert(first, length);
+    }
+
+    pub(crate) fn get(&self, id: RegionId) -> Option<&Region> {
+        self.all.get(&id).filter(|region| !region.left)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: RegionId) -> Option<&mut Region> {
+        self.all.get_mut(&id).filter(|region| !region.left)
+    }
+
+    fn id_of(&self, page: PageNumber) -> Option<RegionId> {
+        let (_, &id) = self.by_first.range(..=page.0).next_back()?;
+        let range = self.all.get(&id)?.range;
+        (page.0 - range.first.0 < range.pages).then_some(id)
+    }
+
+    /// The region that a page belongs to, unless it left.
+    pub(crate) fn of(&self, page: PageNumber) -> Option<&Region> {
+        self.get(self.id_of(page)?)
+    }
+
+    pub(crate) fn of_mut(&mut self, page: PageNumber) -> Option<&mut Region> {
+        let id = self.id_of(page)?;
+        self.get_mut(id)
+    }
+
+    /// An order names this page: its number stays taken.
+    pub(crate) fn pin(&mut self, page: PageNumber) {
+        if let Some(id) = self.id_of(page)
+            && let Some(region) = self.all.get_mut(&id)
+        {
+            region.pins += 1;
+        }
+    }
+
+    /// That order is over; returns the numbers that became free by it.
+    pub(crate) fn unpin(&mut self, page: PageNumber) -> Option<PageRange> {
+        let id = self.id_of(page)?;
+        let region = self.all.get_mut(&id)?;
+        region.pins -= 1;
+        self.forget_if_over(id)
+    }
+
+    /// The region is over; returns its numbers if they became free at once.
+    pub(crate) fn leave(&mut self, id: RegionId) -> Option<PageRange> {
+        let region = self.all.get_mut(&id).filter(|region| !region.left)?;
+        region.left = true;
+        let kind = region.kind;
+        *self.count(kind) -= 1;
+        self.forget_if_over(id)
+    }
+
+    fn forget_if_over(&mut self, id: RegionId) -> Option<PageRange> {
+        let region = self.all.get(&id)?;
+        if !region.left || region.pins > 0 {
+            return None;
+        }
+        let range = region.range;
+        self.all.remove(&id);
+        self.by_first.remove(&range.first.0);
+        self.give_numbers(range.first.0, range.pages);
+        Some(range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_keep_the_position_and_are_taken_again() {
+        let mut regions = Regions::default();
+        let (a, first_a) = regions.join(ClientId(1), Kind::Private, 1000, 0).unwrap();
+        let (_, first_b) = regions.join(ClientId(1), Kind::Private, 10, 5).unwrap();
+        assert_eq!((first_a.position(), first_b.position()), (0, 5));
+        regions.pin(first_a.plus(999));
+        assert_eq!(regions.leave(a), None);
+        assert!(regions.of(first_a).is_none());
+        assert_eq!(
+            regions.unpin(first_a.plus(999)),
+            Some(PageRange {
+                first: first_a,
+                pages: 1000
+            })
+        );
+        let (_, first_c) = regions.join(ClientId(2), Kind::Shared, 600, 3).unwrap();
+        assert_eq!(first_c, PageNumber(3));
+        assert_eq!(regions.of(PageNumber(602)).unwrap().client, ClientId(2));
+        assert!(regions.of(PageNumber(603)).is_none());
+    }
+
+    #[test]
+    fn too_many_pages_are_refused() {
+        let mut regions = Regions::default();
+        assert!(regions.join(ClientId(1), Kind::Private, u32::MAX - 1, 0).is_some());
+        assert!(regions.join(ClientId(1), Kind::Private, 1, 0).is_none());
+    }
+}

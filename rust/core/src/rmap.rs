@@ -1,0 +1,216 @@
+//! The rmap: who keeps a frame.
+//!
+//! ```text
+//!   proposed --> shown --> limbo --> nobody     while any of these: the memory stays
+//!                  `-----> covered --> limbo     while any at all:  the slot stays
+//! ```
+//!
+//! The way from a page to its slot is a dense array (`page.rs`); the way back is counts in the frame's record, one per kind
+//! of reference, for so far nothing asks *which* pages show a frame. Every reference that ends goes through limbo, unless its
+//! whole client is gone. Relies on `frame.rs`, `stable.rs`, `limbo.rs`; never frees what a count still refers to.
+
+use crate::frame::{Frames, Life, Slot};
+use crate::limbo::{Epoch, Limbo};
+use crate::mutant::{self, Mutant};
+use crate::page::Place;
+use crate::region::ClientId;
+use crate::stable::StableTree;
+
+pub(crate) struct Rmap {
+    pub frames: Frames,
+    pub stable: StableTree,
+    pub limbo: Limbo,
+    /// Frames whose memory is to be given back, sorted downwards when `sorted`.
+    doomed: Vec<Slot>,
+    sorted: bool,
+    /// Frames that at least one page shows.
+    pub shared: u32,
+    /// Pages that show a frame.
+    pub merged: u64,
+}
+
+impl Rmap {
+    pub(crate) fn new(slots: u32) -> Rmap {
+        Rmap {
+            frames: Frames::new(slots),
+            stable: StableTree::default(),
+            limbo: Limbo::default(),
+            doomed: Vec::new(),
+            sorted: true,
+            shared: 0,
+            merged: 0,
+        }
+    }
+
+    /// A page is to be asked to show the frame: it stays until the answer.
+    pub(crate) fn propose(&mut self, slot: Slot) {
+        if slot != Slot::ZERO {
+            self.frames.get_mut(slot).held += 1;
+        }
+    }
+
+    /// A proposal that never left, or whose page now shows or covers the frame by itself.
+    pub(crate) fn withdraw(&mut self, slot: Slot) {
+        if slot != Slot::ZERO {
+            self.frames.get_mut(slot).held -= 1;
+            self.settle(slot);
+        }
+    }
+
+    /// A proposal was answered and the page does not show the frame; a clone of the client made meanwhile may.
+    pub(crate) fn retire(&mut self, slot: Slot, client: ClientId, epoch: Epoch) {
+        if slot == Slot::ZERO {
+            return;
+        }
+        if mutant::active(Mutant::FrameFreedEarly) {
+            return self.withdraw(slot);
+        }
+        self.limbo.keep(client, epoch, slot);
+    }
+
+    /// A page now lies there.
+    pub(crate) fn enter(&mut self, place: Place) {
+        match place {
+            Place::Own | Place::Zero => {}
+            Place::Merged(slot) => {
+                let frame = self.frames.get_mut(slot);
+                frame.shown += 1;
+                self.shared += u32::from(frame.shown == 1);
+                self.merged += 1;
+            }
+            Place::Covering(slot) => self.frames.get_mut(slot).covered += 1,
+            Place::Detached(slot) => self.frames.get_mut(slot).held += 1,
+        }
+    }
+
+    /// A page no longer lies there; children of the client may until the epoch is sealed.
+    pub(crate) fn leave(&mut self, place: Place, client: ClientId, epoch: Epoch) {
+        if let Some(slot) = place.slot()
+            && !mutant::active(Mutant::FrameFreedEarly)
+        {
+            self.frames.get_mut(slot).held += 1;
+            self.limbo.keep(client, epoch, slot);
+        }
+        self.vanish(place);
+    }
+
+    /// A page no longer lies there, and no address space that could have inherited it exists.
+    pub(crate) fn vanish(&mut self, place: Place) {
+        let Some(slot) = place.slot() else { return };
+        let frame = self.frames.get_mut(slot);
+        match place {
+            Place::Merged(_) => {
+                frame.shown -= 1;
+                self.shared -= u32::from(frame.shown == 0);
+                self.merged -= 1;
+            }
+            Place::Covering(_) => frame.covered -= 1,
+            _ => frame.held -= 1,
+        }
+        self.settle(slot);
+    }
+
+    /// All life pages of the client up to this epoch took their seals.
+    pub(crate) fn sealed(&mut self, client: ClientId, epoch: Epoch) {
+        while let Some((first, slots)) = self.limbo.next_sealed(client, epoch) {
+            for i in 0..slots {
+                self.withdraw(first.stepped(i));
+            }
+        }
+    }
+
+    /// A frame that was never shown is not wanted after all.
+    pub(crate) fn abandon(&mut self, slot: Slot, was_written: bool) {
+        if was_written {
+            self.doom(slot);
+        } else {
+            self.frames.free(slot);
+        }
+    }
+
+    fn settle(&mut self, slot: Slot) {
+        let frame = self.frames.get(slot);
+        match frame.life {
+            Life::Filled if frame.shown == 0 && frame.held == 0 => {
+                self.stable.remove(&mut self.frames, slot);
+                self.doom(slot);
+            }
+            Life::Filled => self.stable.has_room(&self.frames, slot),
+            Life::Punched if frame.references() == 0 => self.frames.free(slot),
+            _ => {}
+        }
+    }
+
+    fn doom(&mut self, slot: Slot) {
+        self.frames.doom(slot);
+        self.doomed.push(slot);
+        self.sorted = false;
+    }
+
+    /// Consecutive frames whose memory is to be given back now; from here on they have none.
+    pub(crate) fn next_punch(&mut self) -> Option<(Slot, u32)> {
+        if !self.sorted {
+            self.doomed.sort_unstable_by(|a, b| b.cmp(a));
+            self.sorted = true;
+        }
+        let first = self.doomed.pop()?;
+        let mut slots = 1;
+        while self.doomed.pop_if(|next| next.0 == first.0 + slots).is_some() {
+            slots += 1;
+        }
+        for i in 0..slots {
+            let slot = first.stepped(i);
+            self.frames.get_mut(slot).life = Life::Punched;
+            self.settle(slot);
+        }
+        Some((first, slots))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+
+    const CLIENT: ClientId = ClientId(1);
+
+    fn one_frame() -> (Rmap, Slot) {
+        let mut rmap = Rmap::new(4096);
+        let slot = rmap.frames.take(&mut None, 0, &[9])[0].unwrap();
+        rmap.frames.fill(slot, Checksum(1));
+        rmap.stable.insert(&mut rmap.frames, slot);
+        rmap.propose(slot);
+        rmap.enter(Place::Merged(slot));
+        rmap.withdraw(slot);
+        (rmap, slot)
+    }
+
+    #[test]
+    fn a_broken_page_keeps_the_slot_and_its_children_keep_the_memory() {
+        let (mut rmap, slot) = one_frame();
+        rmap.enter(Place::Covering(slot));
+        rmap.leave(Place::Merged(slot), CLIENT, Epoch(4));
+        assert_eq!(rmap.next_punch(), None);
+        rmap.sealed(CLIENT, Epoch(3));
+        assert_eq!(rmap.next_punch(), None);
+        rmap.sealed(CLIENT, Epoch(4));
+        assert_eq!(rmap.next_punch(), Some((slot, 1)));
+        assert_eq!((rmap.frames.filled, rmap.frames.taken()), (0, 1));
+        rmap.leave(Place::Covering(slot), CLIENT, Epoch(5));
+        assert_eq!(rmap.frames.taken(), 1);
+        rmap.sealed(CLIENT, Epoch(5));
+        assert_eq!(rmap.frames.taken(), 0);
+    }
+
+    #[test]
+    fn a_refused_proposal_waits_for_its_epoch_too() {
+        let (mut rmap, slot) = one_frame();
+        rmap.propose(slot);
+        rmap.vanish(Place::Merged(slot));
+        rmap.retire(slot, CLIENT, Epoch(1));
+        assert_eq!(rmap.next_punch(), None);
+        rmap.sealed(CLIENT, Epoch(1));
+        assert_eq!(rmap.next_punch(), Some((slot, 1)));
+        assert_eq!(rmap.frames.taken(), 0);
+    }
+}

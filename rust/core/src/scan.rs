@@ -1,0 +1,144 @@
+//! The scan: which pages a client is asked to look at next.
+//!
+//! A cursor walks the client's regions, one window after the other. Smart scan leaves out pages that were looked at often and
+//! never merged, with the kernel's back-off: ages 0 to 2 always, then 1, 2, 4 and 8 passes out. Merged pages are never left
+//! out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
+
+use crate::client::Client;
+use crate::order::{MAX_RANGES, MAX_SCAN_PAGES};
+use crate::page::{Mark, PageNumber, PageRange, Pages, Place, WINDOW};
+use crate::region::Regions;
+
+/// How a client's next pages are chosen.
+pub(crate) struct Choice {
+    /// About how many.
+    pub want: u32,
+    /// Whether smart scan may leave pages out.
+    pub smart: bool,
+}
+
+/// Pages walked over per page wanted before a choice ends short: keeps a step bounded where smart scan leaves out most.
+const WALK: u32 = 8;
+
+/// Moves the client's cursor on; returns the pages chosen and how many smart scan left out. `left_out` is told their numbers.
+pub(crate) fn next_ranges(
+    client: &mut Client,
+    regions: &Regions,
+    pages: &mut Pages,
+    choice: &Choice,
+    mut left_out: impl FnMut(&mut Pages, PageNumber),
+) -> Vec<PageRange> {
+    let want = choice.want.clamp(1, MAX_SCAN_PAGES);
+    let (mut ranges, mut chosen, mut walked): (Vec<PageRange>, u32, u32) = (Vec::new(), 0, 0);
+    while let Some(region) = client.regions.get(client.scan.region).and_then(|&id| regions.get(id)) {
+        while client.scan.pages < region.range.pages {
+            let page = region.range.first.plus(client.scan.pages);
+            // Whole windows where the batch is large enough: they leave as whole runs later.
+            let window = WINDOW.min(region.range.pages - client.scan.pages);
+            let would_split = want >= WINDOW && page.position() == 0 && chosen > 0 && chosen + window > want;
+            if chosen >= want || walked >= want.saturating_mul(WALK) || would_split {
+                return ranges;
+            }
+            let extends = ranges
+                .last()
+                .is_some_and(|range| range.first.0 + range.pages == page.0 && range.first.0 >= region.range.first.0);
+            if !extends && ranges.len() == MAX_RANGES {
+                return ranges;
+            }
+            client.scan.pages += 1;
+            walked += 1;
+            if pages.is(page, Mark::Busy) {
+                continue;
+            }
+            if choice.smart && sits_out(pages, page) {
+                left_out(pages, page);
+                continue;
+            }
+            chosen += 1;
+            match ranges.last_mut() {
+                Some(range) if extends => range.pages += 1,
+                _ => ranges.push(PageRange { first: page, pages: 1 }),
+            }
+        }
+        client.scan.region += 1;
+        client.scan.pages = 0;
+    }
+    client.scanned = true;
+    ranges
+}
+
+/// The kernel's `should_skip_rmap_item`: ages the page and says whether it sits this pass out.
+fn sits_out(pages: &mut Pages, page: PageNumber) -> bool {
+    if matches!(pages.place(page), Place::Merged(_) | Place::Zero) {
+        return false;
+    }
+    let (age, skips) = pages.age(page);
+    if age < 3 || skips == 0 {
+        let passes_out = match age {
+            0..3 => 0,
+            3 => 1,
+            4..=5 => 2,
+            6..=8 => 4,
+            _ => 8,
+        };
+        pages.set_age(page, age.saturating_add(1), passes_out);
+        return false;
+    }
+    pages.set_age(page, age.saturating_add(1), skips - 1);
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::frame::Slot;
+    use crate::region::{ClientId, Kind};
+
+    fn world(sizes: &[(u32, u16)]) -> (Client, Regions, Pages) {
+        let (mut client, mut regions, mut pages) = (Client::default(), Regions::default(), Pages::default());
+        for &(size, position) in sizes {
+            let (id, first) = regions.join(ClientId(1), Kind::Private, size, position).unwrap();
+            pages.add(PageRange { first, pages: size });
+            client.regions.push(id);
+        }
+        (client, regions, pages)
+    }
+
+    #[test]
+    fn a_pass_covers_each_page_once_in_whole_windows() {
+        let (mut client, regions, mut pages) = world(&[(1500, 100), (3, 0)]);
+        let choice = Choice {
+            want: 1024,
+            smart: false,
+        };
+        let mut sizes = Vec::new();
+        let mut seen = std::collections::BTreeSet::new();
+        while !client.scanned {
+            let ranges = next_ranges(&mut client, &regions, &mut pages, &choice, |_, _| ());
+            sizes.push(ranges.iter().map(|range| range.pages).sum::<u32>());
+            for page in ranges.into_iter().flat_map(PageRange::iter) {
+                assert!(seen.insert(page));
+            }
+        }
+        assert_eq!(seen.len(), 1503);
+        assert_eq!(sizes, [924, 579]);
+    }
+
+    #[test]
+    fn smart_scan_backs_off_like_the_kernel() {
+        let (mut client, regions, mut pages) = world(&[(2, 0)]);
+        pages.set_place(PageNumber(1), Place::Merged(Slot(3)));
+        let choice = Choice { want: 10, smart: true };
+        let mut out = String::new();
+        for _ in 0..24 {
+            client.scan = Default::default();
+            let mut skipped = 0;
+            next_ranges(&mut client, &regions, &mut pages, &choice, |_, page| {
+                assert_eq!(page, PageNumber(0));
+                skipped += 1;
+            });
+            out.push(if skipped == 0 { 'x' } else { '.' });
+        }
+        assert_eq!(out, "xxxx.x..x....x........x.");
+    }
+}

@@ -1,0 +1,160 @@
+//! The stable tree: merged frames by content.
+//!
+//! One frame per content is *listed* in a hash table of bare slot numbers (the checksum lies in the frame's record). Once a
+//! frame has `max_page_sharing` references a further frame of the same content is made; then the content is a chain and its frames
+//! are dups, as in the kernel. A dup that has room again becomes the listed one. Relies on `frame.rs`; never frees anything.
+
+use crate::checksum::{Checksum, spread};
+use crate::frame::{Frames, Slot};
+use hashbrown::{HashMap, HashTable};
+
+#[derive(Default)]
+pub(crate) struct StableTree {
+    listed: HashTable<u32>,
+    chains: HashMap<Checksum, Vec<Slot>>,
+    dups: u32,
+}
+
+/// How many dups of a chain are asked for room when the listed one has none.
+const DUPS_ASKED: usize = 8;
+
+impl StableTree {
+    /// A frame of this content with room for one more page.
+    pub(crate) fn find(&mut self, frames: &Frames, checksum: Checksum, max_page_sharing: u32) -> Option<Slot> {
+        let has_room = |slot: Slot| frames.get(slot).references() < max_page_sharing;
+        let listed = self.listed(frames, checksum)?;
+        if has_room(listed) {
+            return Some(listed);
+        }
+        let dups = self.chains.get_mut(&checksum)?;
+        let asked = dups.len().min(DUPS_ASKED);
+        let found = dups[..asked].iter().copied().find(|&dup| has_room(dup));
+        // The next search begins with others.
+        dups.rotate_left(asked);
+        if let Some(dup) = found {
+            self.list(frames, checksum, dup);
+        }
+        found
+    }
+
+    fn listed(&self, frames: &Frames, checksum: Checksum) -> Option<Slot> {
+        let same = |&slot: &u32| frames.get(Slot(slot)).checksum() == checksum;
+        self.listed.find(spread(checksum.tag()), same).map(|&slot| Slot(slot))
+    }
+
+    fn list(&mut self, frames: &Frames, checksum: Checksum, slot: Slot) {
+        let same = |&slot: &u32| frames.get(Slot(slot)).checksum() == checksum;
+        if let Some(listed) = self.listed.find_mut(spread(checksum.tag()), same) {
+            *listed = slot.0;
+        }
+    }
+
+    /// Files a filled frame.
+    pub(crate) fn insert(&mut self, frames: &mut Frames, slot: Slot) {
+        let checksum = frames.get(slot).checksum();
+        let Some(other) = self.listed(frames, checksum) else {
+            let hash_of = |&slot: &u32| spread(frames.get(Slot(slot)).checksum().tag());
+            self.listed.insert_unique(spread(checksum.tag()), slot.0, hash_of);
+            return;
+        };
+        let dups = self.chains.entry(checksum).or_default();
+        if dups.is_empty() {
+            dups.push(other);
+            self.dups += 1;
+            frames.get_mut(other).dup = true;
+        }
+        dups.push(slot);
+        self.dups += 1;
+        frames.get_mut(slot).dup = true;
+        self.list(frames, checksum, slot);
+    }
+
+    /// A dup has room again: the next page of its content goes there.
+    pub(crate) fn has_room(&mut self, frames: &Frames, slot: Slot) {
+        let frame = frames.get(slot);
+        if frame.dup {
+            self.list(frames, frame.checksum(), slot);
+        }
+    }
+
+    /// Takes a frame out; the last dup of a chain is an ordinary node again.
+    pub(crate) fn remove(&mut self, frames: &mut Frames, slot: Slot) {
+        let checksum = frames.get(slot).checksum();
+        if let Some(dups) = self.chains.get_mut(&checksum).filter(|_| frames.get(slot).dup) {
+            dups.retain(|&dup| dup != slot);
+            self.dups -= 1;
+            frames.get_mut(slot).dup = false;
+            let heir = dups[0];
+            if dups.len() == 1 {
+                frames.get_mut(heir).dup = false;
+                self.dups -= 1;
+                self.chains.remove(&checksum);
+            }
+            if self.listed(frames, checksum) == Some(slot) {
+                self.list(frames, checksum, heir);
+            }
+            return;
+        }
+        if let Ok(entry) = self.listed.find_entry(spread(checksum.tag()), |&other| other == slot.0) {
+            entry.remove();
+        }
+        let room = self.listed.capacity();
+        if room > 1024 && self.listed.len() < room / 8 {
+            let hash_of = |&slot: &u32| spread(frames.get(Slot(slot)).checksum().tag());
+            self.listed.shrink_to(room / 4, hash_of);
+        }
+    }
+
+    pub(crate) fn chains(&self) -> u32 {
+        self.chains.len() as u32
+    }
+
+    pub(crate) fn dups(&self) -> u32 {
+        self.dups
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.listed.allocation_size() + self.chains.allocation_size() + self.dups as usize * size_of::<Slot>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn filled(frames: &mut Frames, tree: &mut StableTree, count: u16, checksum: u64) -> Vec<Slot> {
+        let positions: Vec<u16> = (0..count).collect();
+        let slots: Vec<Slot> = frames.take(&mut None, 0, &positions).into_iter().flatten().collect();
+        for &slot in &slots {
+            frames.fill(slot, Checksum(checksum));
+            tree.insert(frames, slot);
+        }
+        slots
+    }
+
+    #[test]
+    fn a_full_frame_is_not_found_and_a_second_makes_a_chain() {
+        let (mut frames, mut tree) = (Frames::new(4096), StableTree::default());
+        let a = filled(&mut frames, &mut tree, 1, 5)[0];
+        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
+        assert_eq!(tree.find(&frames, Checksum(6), 2), None);
+        frames.get_mut(a).shown = 2;
+        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        let b = filled(&mut frames, &mut tree, 2, 5)[1];
+        assert_eq!((tree.chains(), tree.dups()), (1, 3));
+        assert!(tree.find(&frames, Checksum(5), 2).is_some_and(|slot| slot != a));
+        tree.remove(&mut frames, b);
+        let c = tree.find(&frames, Checksum(5), 2).unwrap();
+        frames.get_mut(c).shown = 2;
+        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        frames.get_mut(a).shown = 1;
+        tree.has_room(&frames, a);
+        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
+        tree.remove(&mut frames, a);
+        assert_eq!((tree.chains(), tree.dups()), (0, 0));
+        frames.get_mut(c).shown = 0;
+        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(c));
+        tree.remove(&mut frames, c);
+        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+    }
+}

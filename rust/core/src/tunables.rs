@@ -1,0 +1,219 @@
+//! Tunables: the knobs, with the kernel's names and ranges.
+//!
+//! Values come and go as text, as under /sys/kernel/mm/ksm; a refused value changes nothing. Defaults differ where the
+//! kernel's are known to be poor. Never acts on a knob: `decide.rs` and the trees read them.
+
+use serde::{Deserialize, Serialize};
+
+/// Why a knob was not set or read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TunableError {
+    /// There is no such knob.
+    #[error("unknown knob {knob:?}; known are {known}", known = Tunables::NAMES.join(", "))]
+    Unknown {
+        /// As it was asked for.
+        knob: String,
+    },
+    /// The knob cannot have that value.
+    #[error("{knob} cannot be {value:?}; it takes {allowed}")]
+    Invalid {
+        /// The knob.
+        knob: &'static str,
+        /// As it was given.
+        value: String,
+        /// What it takes.
+        allowed: String,
+    },
+    /// The knob cannot change while pages are merged (the kernel's EBUSY).
+    #[error("{knob} cannot change while {pages_shared} frames are shared; set run=2 and wait until pages_shared is 0")]
+    Busy {
+        /// The knob.
+        knob: &'static str,
+        /// Frames in use.
+        pages_shared: u64,
+    },
+}
+
+/// What `run` asks for.
+pub(crate) mod run {
+    /// Scan.
+    pub(crate) const RUN: u32 = 1;
+    /// Unmerge everything and stop.
+    pub(crate) const UNMERGE: u32 = 2;
+}
+
+/// The knobs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tunables {
+    /// 0 stop and keep what is merged, 1 run, 2 stop and unmerge everything.
+    pub run: u32,
+    /// Pages per batch, over all clients.
+    pub pages_to_scan: u32,
+    /// Pause between batches.
+    pub sleep_millisecs: u32,
+    /// Whether pages of different NUMA nodes merge.
+    pub merge_across_nodes: u32,
+    /// Whether zero pages merge with no memory at all.
+    pub use_zero_pages: u32,
+    /// References to one frame before its content gets another.
+    pub max_page_sharing: u32,
+    /// How often chains are pruned. Chains here lose a dup when it ends, so nothing is left to prune.
+    pub stable_node_chains_prune_millisecs: u32,
+    /// Whether pages that never merge are looked at less often.
+    pub smart_scan: u32,
+    /// Only `none` so far.
+    pub advisor_mode: String,
+    /// Percent of a CPU the advisor may spend.
+    pub advisor_max_cpu: u32,
+    /// Seconds in which the advisor wants a pass done.
+    pub advisor_target_scan_time: u32,
+    /// The advisor's lower bound of `pages_to_scan`.
+    pub advisor_min_pages_to_scan: u32,
+    /// The advisor's upper bound of `pages_to_scan`.
+    pub advisor_max_pages_to_scan: u32,
+}
+
+impl Default for Tunables {
+    fn default() -> Tunables {
+        Tunables {
+            run: run::RUN,
+            pages_to_scan: 1024,
+            sleep_millisecs: 20,
+            merge_across_nodes: 1,
+            use_zero_pages: 1,
+            max_page_sharing: 256,
+            stable_node_chains_prune_millisecs: 2000,
+            smart_scan: 1,
+            advisor_mode: "none".to_owned(),
+            advisor_max_cpu: 70,
+            advisor_target_scan_time: 200,
+            advisor_min_pages_to_scan: 500,
+            advisor_max_pages_to_scan: 30000,
+        }
+    }
+}
+
+/// More than this many references would not fit a frame's 16-bit counts (a broken page counts twice).
+const MOST_SHARING: u32 = 32_000;
+
+/// Name, field, lowest and highest value of each numeric knob.
+macro_rules! numeric_knobs {
+    ($($name:ident $low:literal $high:expr),* $(,)?) => {
+        impl Tunables {
+            /// The knobs' names.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name),)* "advisor_mode"];
+
+            /// A knob's value as text.
+            ///
+            /// # Errors
+            /// [`TunableError::Unknown`].
+            pub fn get(&self, knob: &str) -> Result<String, TunableError> {
+                match knob {
+                    $(stringify!($name) => Ok(self.$name.to_string()),)*
+                    "advisor_mode" => Ok(self.advisor_mode.clone()),
+                    _ => Err(TunableError::Unknown { knob: knob.to_owned() }),
+                }
+            }
+
+            /// Sets a knob from text; `pages_shared` decides about those that need it to be 0.
+            pub(crate) fn set(&mut self, knob: &str, value: &str, pages_shared: u64) -> Result<(), TunableError> {
+                match knob {
+                    $(stringify!($name) => {
+                        let number = parse(stringify!($name), value, $low, $high)?;
+                        if number != self.$name {
+                            refuse_if_busy(stringify!($name), pages_shared)?;
+                        }
+                        self.$name = number;
+                        Ok(())
+                    })*
+                    "advisor_mode" if value.trim() == "none" => Ok(()),
+                    "advisor_mode" => Err(TunableError::Invalid {
+                        knob: "advisor_mode",
+                        value: value.to_owned(),
+                        allowed: "none".to_owned(),
+                    }),
+                    _ => Err(TunableError::Unknown { knob: knob.to_owned() }),
+                }
+            }
+        }
+    };
+}
+
+numeric_knobs! {
+    run 0 2,
+    pages_to_scan 0 u32::MAX,
+    sleep_millisecs 0 u32::MAX,
+    merge_across_nodes 0 1,
+    use_zero_pages 0 1,
+    max_page_sharing 2 MOST_SHARING,
+    stable_node_chains_prune_millisecs 0 u32::MAX,
+    smart_scan 0 1,
+    advisor_max_cpu 0 100,
+    advisor_target_scan_time 1 u32::MAX,
+    advisor_min_pages_to_scan 0 u32::MAX,
+    advisor_max_pages_to_scan 0 u32::MAX,
+}
+
+fn parse(knob: &'static str, value: &str, low: u32, high: u32) -> Result<u32, TunableError> {
+    let number = value.trim().parse().ok().filter(|number| (low..=high).contains(number));
+    number.ok_or_else(|| TunableError::Invalid {
+        knob,
+        value: value.to_owned(),
+        allowed: format!("{low} to {high}"),
+    })
+}
+
+fn refuse_if_busy(knob: &'static str, pages_shared: u64) -> Result<(), TunableError> {
+    if pages_shared > 0 && matches!(knob, "max_page_sharing" | "merge_across_nodes") {
+        return Err(TunableError::Busy { knob, pages_shared });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_knob_reads_back_what_was_set() {
+        let mut tunables = Tunables::default();
+        for &knob in Tunables::NAMES {
+            let value = tunables.get(knob).unwrap();
+            assert_eq!(tunables.set(knob, &value, 1), Ok(()));
+        }
+        assert_eq!(tunables, Tunables::default());
+        tunables.set("pages_to_scan", " 77\n", 0).unwrap();
+        assert_eq!(tunables.get("pages_to_scan").unwrap(), "77");
+    }
+
+    #[test]
+    fn a_refusal_names_knob_value_and_range_and_changes_nothing() {
+        let mut tunables = Tunables::default();
+        let refusal = tunables.set("run", "3", 0).unwrap_err();
+        assert_eq!(refusal.to_string(), "run cannot be \"3\"; it takes 0 to 2");
+        for (knob, value) in [
+            ("run", "-1"),
+            ("run", ""),
+            ("max_page_sharing", "1"),
+            ("sleep_millisecs", "4294967296"),
+        ] {
+            assert!(
+                matches!(tunables.set(knob, value, 0), Err(TunableError::Invalid { .. })),
+                "{knob}={value}"
+            );
+        }
+        assert!(matches!(
+            tunables.set("advisor_mode", "scan-time", 0),
+            Err(TunableError::Invalid { .. })
+        ));
+        assert!(matches!(
+            tunables.set("max_page_sharing", "9", 4),
+            Err(TunableError::Busy { pages_shared: 4, .. })
+        ));
+        assert!(matches!(
+            tunables.set("pages", "9", 0),
+            Err(TunableError::Unknown { .. })
+        ));
+        assert_eq!(tunables, Tunables::default());
+    }
+}

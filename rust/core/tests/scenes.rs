@@ -1,0 +1,242 @@
+//! Single scenes at full size: what merges must look like, what they cost, how knobs and counters behave.
+
+mod world;
+
+use ksmrs_core::{ClientId, Decision, Kind, Next, Observation, RunFailure, RunOutcome, Seen, WINDOW};
+use std::time::Duration;
+use world::{World, checksum_of};
+
+const WINDOWS: u32 = 16;
+const PAGES: u32 = WINDOWS * WINDOW;
+
+/// A healthy world of clients with one private region each; contents above the dictionary's special ones.
+fn clients(count: u32, pages: u32, content: impl Fn(u32, u32) -> u32) -> (World, Vec<ClientId>) {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    let mut ids = Vec::new();
+    for n in 0..count {
+        let id = world.join_client(false);
+        world.join_region(id, Kind::Private, pages, 0, |i| content(n, i));
+        ids.push(id);
+    }
+    (world, ids)
+}
+
+#[test]
+fn equal_regions_merge_as_whole_windows_over_whole_extents() {
+    let (mut world, _) = clients(2, PAGES, |_, i| 10 + i);
+    let report = world.merge();
+    assert_eq!((report.merged, report.rounds), (u64::from(2 * PAGES), 2));
+    let stats = world.core.stats();
+    assert_eq!(
+        (stats.pages_shared, stats.pages_sharing),
+        (u64::from(PAGES), u64::from(PAGES))
+    );
+    assert_eq!(
+        (stats.frames, stats.frames_huge),
+        (u64::from(PAGES), u64::from(WINDOWS))
+    );
+    assert_eq!(world.runs.len() as u32, 2 * WINDOWS);
+    assert!(
+        world
+            .runs
+            .iter()
+            .all(|run| u32::from(run.pages) == WINDOW && run.slot.0 % WINDOW == 0)
+    );
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
+fn metadata_stays_within_its_budget() {
+    // What core adds to the 16 bytes of the page table.
+    let per_page = |world: &World, pages: u32| 16.0 + world.core.metadata_bytes() as f64 / f64::from(pages);
+    let (mut twice, _) = clients(2, PAGES, |_, i| 10 + i);
+    twice.merge();
+    let (mut often, _) = clients(60, 2 * WINDOW, |_, i| 10 + i);
+    often.merge();
+    let (mut unique, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
+    unique.merge();
+    let figures = [
+        per_page(&twice, 2 * PAGES),
+        per_page(&often, 120 * WINDOW),
+        per_page(&unique, 2 * PAGES),
+    ];
+    for (figure, most) in figures.into_iter().zip([35.0, 24.0, 33.0]) {
+        assert!(
+            figure <= most,
+            "{figures:?} bytes per page merged twice, merged 60 times, unique"
+        );
+    }
+}
+
+#[test]
+fn a_background_merge_takes_two_passes() {
+    let (mut world, _) = clients(2, WINDOW, |_, i| 10 + i);
+    for passes in 0..3 {
+        while world.core.stats().full_scans == passes {
+            world.settle();
+            world.now += Duration::from_millis(20);
+        }
+        let stats = world.core.stats();
+        match passes {
+            0 => assert_eq!((stats.merges, stats.pages_volatile), (0, u64::from(2 * WINDOW))),
+            _ => assert_eq!(stats.pages_sharing, u64::from(WINDOW)),
+        }
+    }
+    assert_eq!(world.core.stats().pages_volatile, 0);
+}
+
+#[test]
+fn batches_keep_the_pace_that_the_knobs_set() {
+    let (mut world, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
+    world.core.set("pages_to_scan", "2048").unwrap();
+    world.core.set("sleep_millisecs", "50").unwrap();
+    world.settle();
+    assert_eq!(world.core.stats().pages_scanned, 2048);
+    assert_eq!(world.wait(), Next::WaitUntil(Duration::from_millis(50)));
+    world.now = Duration::from_millis(50);
+    world.settle();
+    assert_eq!(world.core.stats().pages_scanned, 4096);
+    world.core.set("run", "0").unwrap();
+    world.now = Duration::from_secs(9);
+    assert_eq!(world.wait(), Next::Idle);
+}
+
+#[test]
+fn max_page_sharing_makes_chains() {
+    let (mut world, _) = clients(1, 400, |_, _| 10);
+    world.core.set("max_page_sharing", "100").unwrap();
+    world.merge();
+    let stats = world.core.stats();
+    assert_eq!((stats.pages_shared, stats.pages_sharing), (4, 396));
+    assert_eq!((stats.stable_node_chains, stats.stable_node_dups), (1, 4));
+    assert!(world.core.set("max_page_sharing", "200").is_err());
+    world.check_counts();
+}
+
+#[test]
+fn a_vma_budget_is_spent_on_the_longest_runs() {
+    // Two long stretches, and pages that equal each other only one by one.
+    let content = |n: u32, i: u32| {
+        if i % 128 < 100 {
+            10 + i
+        } else {
+            10_000 + if n == 0 { i } else { i / 128 * 128 + 227 - i % 128 }
+        }
+    };
+    let (mut world, ids) = clients(2, 512, content);
+    for &id in &ids {
+        world.core.set_budget(id, 9);
+    }
+    world.merge();
+    let stats = world.core.stats();
+    assert!(stats.pages_unmerged_by_budget > 0);
+    assert!(stats.pages_sharing >= 400, "{stats:?}");
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
+fn a_silent_client_holds_nobody_up() {
+    let (mut world, ids) = clients(3, WINDOW, |_, i| 10 + i);
+    // The second client is asked to stage its pages, and sleeps.
+    let ticket = world.core.request_merge(world.now);
+    world.pump(1);
+    while world.core.client_stats(ids[1]).ksm_rmap_items == 0 {
+        for &id in &ids[..2] {
+            world.work(id, 0);
+            world.report(id, 0);
+            world.pump(1);
+        }
+    }
+    world.stop(ids[1], true);
+    world.settle();
+    world.now += Duration::from_secs(6);
+    world.settle();
+    assert_eq!(world.core.stats().clients_unplanned, 1);
+    assert!(world.core.merge_finished(ticket).is_some());
+    assert_eq!(world.core.stats().pages_sharing, u64::from(WINDOW));
+    world.stop(ids[1], false);
+    world.merge();
+    assert_eq!(world.core.stats().pages_sharing, 2 * u64::from(WINDOW));
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
+fn a_client_at_its_mapping_limit_is_left_alone_until_the_next_pass() {
+    let (mut world, ids) = clients(2, 64, |_, i| 10 + i);
+    world.core.request_merge(world.now);
+    let mut maps = 0;
+    for _ in 0..1000 {
+        match world.core.next(world.now) {
+            Next::Do(Decision::Scan { order, ranges, .. }) => {
+                let pages = ranges.iter().flat_map(|range| range.iter());
+                let seen = |page: ksmrs_core::PageNumber| Observation {
+                    seen: Seen::Own,
+                    checksum: Some((checksum_of(10 + page.0 % 64), false)),
+                };
+                world.core.scanned(
+                    order,
+                    Default::default(),
+                    &pages.map(seen).collect::<Vec<_>>(),
+                    world.now,
+                );
+            }
+            Next::Do(Decision::Stage { order, pages, .. }) => {
+                world.core.staged(order, &|_| true);
+                let sums: Vec<_> = pages.iter().map(|page| Some(checksum_of(10 + page.0 % 64))).collect();
+                world.core.filled(order, &sums);
+            }
+            Next::Do(Decision::Map { order, runs, .. }) => {
+                maps += 1;
+                let failed = RunOutcome {
+                    failure: Some(RunFailure::MappingLimit),
+                    ..RunOutcome::default()
+                };
+                world.core.mapped(order, Default::default(), &vec![failed; runs.len()]);
+            }
+            Next::Do(_) => {}
+            Next::WaitUntil(_) | Next::Idle => break,
+        }
+    }
+    assert_eq!(maps, ids.len());
+    assert_eq!(world.core.stats().pages_shared, 0);
+}
+
+#[test]
+fn run_2_unmerges_everything_and_run_1_merges_again() {
+    let (mut world, _) = clients(2, 2 * WINDOW, |_, i| 10 + i / 2);
+    world.merge();
+    world.core.set("run", "2").unwrap();
+    world.settle();
+    assert_eq!(world.core.stats().pages_shared, 0);
+    assert_eq!(world.core.stats().full_scans, 0);
+    assert_eq!(world.core.stats().cow_ksm, 0);
+    world.seal_everything();
+    world.settle();
+    assert_eq!(world.frames_in_store(), 0);
+    assert_eq!(world.core.stats().regions, 2);
+    let ticket = world.core.request_merge(world.now);
+    world.settle();
+    assert_eq!(world.core.merge_finished(ticket).map(|report| report.merged), Some(0));
+    world.core.set("run", "1").unwrap();
+    world.merge();
+    assert_eq!(world.core.stats().pages_shared, u64::from(WINDOW));
+    world.check_counts();
+}
+
+#[test]
+fn a_full_store_merges_what_fits() {
+    let mut world = World::with_slots(1, 100);
+    world.disk_trouble = false;
+    for _ in 0..2 {
+        let id = world.join_client(false);
+        world.join_region(id, Kind::Private, 300, 5, |i| 10 + i);
+    }
+    world.merge();
+    assert_eq!(world.core.stats().pages_sharing, 100);
+    world.check_counts();
+    world.check_reads();
+}

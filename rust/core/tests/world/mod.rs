@@ -1,0 +1,455 @@
+//! A small stand-in for clients, broker and kernel around a real [`Core`], and the naive model it is held against.
+//!
+//! Page contents are words of a dictionary. Clients run their orders in two steps, so that anything can happen between the
+//! work and its report: writes, forks, turns of the life page, stops, deaths. Every punch, fill and read is checked against
+//! what pages must show. Nothing here knows how core works.
+#![allow(dead_code, reason = "each test uses its part")]
+
+mod orders;
+
+use ksmrs_core::{
+    Checksum, ClientId, Core, Decision, Epoch, Kind, MergeTicket, Next, Observation, OrderId, PageNumber, PageRange,
+    RegionId, Run, RunOutcome, Seen, Slot,
+};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// 0 is the zero page; 5 and 6 have one checksum.
+pub type Content = u32;
+pub const CONTENTS: Content = 8;
+pub const SLOTS: u32 = 2048;
+
+pub fn checksum_of(content: Content) -> Checksum {
+    let distinct = if content == 6 { 5 } else { content };
+    Checksum((u64::from(distinct) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) & Checksum::MASK)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Word {
+    Private,
+    Merged(Slot),
+    Zero,
+    Broken(Slot),
+    Held(Option<Slot>),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Page {
+    word: Word,
+    /// Memory of its own; in a private region a merged page that was written has some before its word says so.
+    own: Option<Content>,
+    /// What the program must read.
+    must: Content,
+    /// As the scanner left it: value, and the pass in which it took that.
+    checksum: Option<(Content, u16)>,
+}
+
+impl Page {
+    fn slot(&self) -> Option<Slot> {
+        match self.word {
+            Word::Merged(slot) | Word::Broken(slot) | Word::Held(Some(slot)) => Some(slot),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Report {
+    Scan {
+        ranges: Vec<PageRange>,
+        pass: u16,
+    },
+    Stage {
+        pages: Vec<PageNumber>,
+        copies: Vec<Option<Content>>,
+    },
+    Map {
+        runs: Vec<Run>,
+    },
+    Unmap {
+        ranges: Vec<PageRange>,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Open {
+    order: OrderId,
+    report: Report,
+    done: bool,
+}
+
+struct Area {
+    kind: Kind,
+    range: PageRange,
+}
+
+#[derive(Default)]
+struct Process {
+    pages: BTreeMap<u32, Page>,
+    areas: BTreeMap<RegionId, Area>,
+    open: Vec<Open>,
+    epoch: u32,
+    /// What forked children still show, and the epoch of their fork.
+    children: Vec<(u32, BTreeMap<u32, Page>)>,
+    stopped: bool,
+    dead: bool,
+    lies: bool,
+}
+
+/// Core, the store and all processes.
+pub struct World {
+    pub core: Core,
+    pub now: Duration,
+    store: Vec<Option<Content>>,
+    processes: BTreeMap<ClientId, Process>,
+    next_client: u32,
+    dice: u64,
+    pub tickets: Vec<MergeTicket>,
+    /// Every run ever proposed.
+    pub runs: Vec<Run>,
+    /// Scan orders, ever.
+    pub scans: usize,
+    /// Whether the store cannot be written now and then.
+    pub disk_trouble: bool,
+}
+
+impl World {
+    pub fn new(seed: u64) -> World {
+        World::with_slots(seed, SLOTS)
+    }
+
+    pub fn with_slots(seed: u64, slots: u32) -> World {
+        let core = Core::new(slots, checksum_of(0));
+        World {
+            core,
+            now: Duration::ZERO,
+            store: vec![None; slots as usize],
+            runs: Vec::new(),
+            scans: 0,
+            disk_trouble: true,
+            processes: BTreeMap::new(),
+            next_client: 0,
+            dice: seed | 1,
+            tickets: Vec::new(),
+        }
+    }
+
+    pub fn roll(&mut self, sides: u32) -> u32 {
+        self.dice ^= self.dice << 13;
+        self.dice ^= self.dice >> 7;
+        self.dice ^= self.dice << 17;
+        (self.dice >> 33) as u32 % sides
+    }
+
+    pub fn client(&mut self, n: usize) -> Option<ClientId> {
+        let ids: Vec<ClientId> = self.processes.keys().copied().collect();
+        (!ids.is_empty()).then(|| ids[n % ids.len()])
+    }
+
+    fn process(&mut self, id: ClientId) -> &mut Process {
+        self.processes.get_mut(&id).expect("a process")
+    }
+
+    pub fn join_client(&mut self, lies: bool) -> ClientId {
+        self.next_client += 1;
+        let id = ClientId(self.next_client);
+        self.core.client_joined(id);
+        self.processes.insert(
+            id,
+            Process {
+                lies,
+                ..Process::default()
+            },
+        );
+        id
+    }
+
+    pub fn join_region(
+        &mut self,
+        id: ClientId,
+        kind: Kind,
+        pages: u32,
+        position: u16,
+        content: impl Fn(u32) -> Content,
+    ) {
+        if self.process(id).dead {
+            return;
+        }
+        let (region, first) = self.core.region_joined(id, kind, pages, position).expect("a region");
+        assert_eq!(first.position(), position);
+        let process = self.process(id);
+        for i in 0..pages {
+            let must = content(i);
+            let page = Page {
+                word: Word::Private,
+                own: Some(must),
+                must,
+                checksum: None,
+            };
+            assert!(
+                process.pages.insert(first.0 + i, page).is_none(),
+                "a page number was given twice"
+            );
+        }
+        process.areas.insert(
+            region,
+            Area {
+                kind,
+                range: PageRange { first, pages },
+            },
+        );
+    }
+
+    pub fn leave_region(&mut self, id: ClientId, n: usize) {
+        let process = self.process(id);
+        let Some(&region) = process.areas.keys().nth(n % process.areas.len().max(1)) else {
+            return;
+        };
+        if process.dead || process.stopped {
+            return;
+        }
+        let area = process.areas.remove(&region).expect("an area");
+        process.pages.retain(|&page, _| !within(area.range, page));
+        let epoch = Epoch(process.epoch);
+        self.core.region_left(region, epoch);
+    }
+
+    pub fn write(&mut self, id: ClientId, n: usize, content: Content) {
+        let process = self.process(id);
+        let Some(&number) = process.pages.keys().nth(n % process.pages.len().max(1)) else {
+            return;
+        };
+        if process.dead || process.stopped {
+            return;
+        }
+        let shared = process
+            .areas
+            .values()
+            .any(|area| area.kind == Kind::Shared && within(area.range, number));
+        let page = process.pages.get_mut(&number).expect("a page");
+        (page.own, page.must) = (Some(content), content);
+        match page.word {
+            Word::Merged(_) if shared => page.word = Word::Private,
+            Word::Zero => page.word = Word::Private,
+            _ => {}
+        }
+    }
+
+    /// MADV_UNMERGEABLE, or the end of it.
+    pub fn hold(&mut self, id: ClientId, n: usize, on: bool) {
+        let process = self.process(id);
+        let Some(&number) = process.pages.keys().nth(n % process.pages.len().max(1)) else {
+            return;
+        };
+        if process.dead || process.stopped {
+            return;
+        }
+        let shared = process
+            .areas
+            .values()
+            .any(|area| area.kind == Kind::Shared && within(area.range, number));
+        let page = process.pages.get_mut(&number).expect("a page");
+        page.word = match page.word {
+            Word::Held(Some(slot)) if !on => Word::Broken(slot),
+            Word::Held(None) if !on => Word::Private,
+            Word::Held(_) => page.word,
+            _ if !on => return,
+            Word::Merged(slot) | Word::Broken(slot) if !shared => Word::Held(Some(slot)),
+            _ => Word::Held(None),
+        };
+        page.own = Some(page.must);
+    }
+
+    pub fn fork(&mut self, id: ClientId) {
+        let process = self.process(id);
+        if !process.dead && !process.stopped && process.children.len() < 4 {
+            let pages = process.pages.clone();
+            process.children.push((process.epoch, pages));
+        }
+    }
+
+    pub fn end_child(&mut self, id: ClientId) {
+        let process = self.process(id);
+        if !process.children.is_empty() {
+            process.children.remove(0);
+        }
+    }
+
+    /// The client maps a fresh life page and says so.
+    pub fn turn(&mut self, id: ClientId) {
+        let process = self.process(id);
+        if !process.dead && !process.stopped {
+            process.epoch += 1;
+        }
+    }
+
+    /// The broker tries the seals.
+    pub fn seal(&mut self, id: ClientId) {
+        let process = self.process(id);
+        let oldest_child = process.children.iter().map(|(epoch, _)| *epoch).min();
+        let mapped = if process.dead {
+            oldest_child
+        } else {
+            Some(oldest_child.map_or(process.epoch, |e| e.min(process.epoch)))
+        };
+        match mapped {
+            Some(0) => {}
+            Some(epoch) => self.core.sealed(id, Epoch(epoch - 1)),
+            None => {
+                self.core.client_gone(id);
+                self.processes.remove(&id);
+            }
+        }
+    }
+
+    pub fn stop(&mut self, id: ClientId, stopped: bool) {
+        self.process(id).stopped = stopped;
+    }
+
+    pub fn die(&mut self, id: ClientId) {
+        let process = self.process(id);
+        if process.dead {
+            return;
+        }
+        process.dead = true;
+        process.pages.clear();
+        process.open.clear();
+        self.core.client_lost(id);
+    }
+
+    /// I4: nobody shows a frame whose memory goes, and nobody was asked to.
+    fn check_punch(&self, slot: Slot) {
+        for (id, process) in self.processes.iter().filter(|(_, process)| !process.lies) {
+            let pages = process
+                .pages
+                .iter()
+                .chain(process.children.iter().flat_map(|(_, pages)| pages));
+            for (number, page) in pages {
+                let shows = page.own.is_none() && page.slot() == Some(slot);
+                assert!(
+                    !shows,
+                    "{slot:?} is punched while page {number} of {id:?} or its child shows it"
+                );
+            }
+            for open in &process.open {
+                if let Report::Map { runs } = &open.report {
+                    let proposed = runs
+                        .iter()
+                        .flat_map(|run| run.iter())
+                        .any(|(_, proposed)| proposed == slot);
+                    assert!(!proposed, "{slot:?} is punched while proposed to {id:?}");
+                }
+            }
+        }
+    }
+
+    /// Slots that somebody honest, or a child, has a mapping over.
+    fn mapped_slots(&self) -> BTreeMap<Slot, (ClientId, u32)> {
+        let mut mapped = BTreeMap::new();
+        for (&id, process) in self.processes.iter().filter(|(_, process)| !process.lies) {
+            let children = process.children.iter().flat_map(|(_, pages)| pages);
+            for (&number, page) in process.pages.iter().chain(children) {
+                mapped.extend(page.slot().map(|slot| (slot, (id, number))));
+            }
+        }
+        mapped
+    }
+
+    /// I2: everybody honest reads what they wrote; a liar may hurt itself.
+    pub fn check_reads(&self) {
+        for (id, process) in self.processes.iter().filter(|(_, process)| !process.lies) {
+            let pages = process
+                .pages
+                .iter()
+                .chain(process.children.iter().flat_map(|(_, pages)| pages));
+            for (number, page) in pages {
+                let read = match (page.own, page.word) {
+                    (Some(own), _) => Some(own),
+                    (None, Word::Merged(slot)) => self.store[slot.0 as usize],
+                    _ => Some(0),
+                };
+                assert_eq!(read, Some(page.must), "page {number} of {id:?}: {page:?}");
+            }
+        }
+    }
+
+    /// I7, when nothing is on its way.
+    pub fn check_counts(&self) {
+        let pages = || self.processes.values().flat_map(|process| process.pages.values());
+        let merged = pages().filter(|page| matches!(page.word, Word::Merged(_))).count() as u64;
+        let zero = pages().filter(|page| page.word == Word::Zero).count() as u64;
+        let shown: BTreeSet<Slot> = pages()
+            .filter(|page| matches!(page.word, Word::Merged(_)))
+            .filter_map(Page::slot)
+            .collect();
+        let stats = self.core.stats();
+        assert_eq!(stats.pages_shared + stats.pages_sharing, merged, "{stats:?}");
+        assert_eq!(stats.pages_shared, shown.len() as u64, "{stats:?}");
+        assert_eq!(stats.ksm_zero_pages, zero, "{stats:?}");
+        assert_eq!(stats.frames, self.store.iter().flatten().count() as u64, "{stats:?}");
+    }
+
+    /// The naive model: pages of one content are merged, all of them, except where checksums collide.
+    pub fn check_merged(&self) {
+        if self.core.tunables().max_page_sharing < 256 {
+            // The last page of a content may find all frames full, and alone it founds none.
+            return;
+        }
+        let mut by_content: BTreeMap<Content, Vec<&Page>> = BTreeMap::new();
+        for page in self.processes.values().flat_map(|process| process.pages.values()) {
+            if !matches!(page.word, Word::Held(_)) {
+                by_content.entry(page.must).or_default().push(page);
+            }
+        }
+        for (content, pages) in by_content.into_iter().filter(|(content, _)| !matches!(content, 5 | 6)) {
+            let merged = pages.iter().filter(|page| page.own.is_none()).count();
+            let expected = if content == 0 || pages.len() > 1 {
+                pages.len()
+            } else {
+                merged
+            };
+            assert_eq!(merged, expected, "content {content}: {:?}", self.core.stats());
+        }
+    }
+
+    pub fn wake_everybody(&mut self) {
+        for process in self.processes.values_mut() {
+            process.stopped = false;
+        }
+    }
+
+    pub fn is_honest(&self) -> bool {
+        self.processes.values().all(|process| !process.lies)
+    }
+
+    /// Children end, life pages turn, seals are taken.
+    pub fn seal_everything(&mut self) {
+        let ids: Vec<ClientId> = self.processes.keys().copied().collect();
+        for id in ids {
+            self.process(id).children.clear();
+            self.turn(id);
+            self.seal(id);
+        }
+    }
+
+    pub fn everybody_dies(&mut self) {
+        let ids: Vec<ClientId> = self.processes.keys().copied().collect();
+        for id in ids {
+            self.die(id);
+            self.process(id).children.clear();
+            self.seal(id);
+        }
+    }
+
+    pub fn frames_in_store(&self) -> usize {
+        self.store.iter().flatten().count()
+    }
+}
+
+fn within(range: PageRange, page: u32) -> bool {
+    page.wrapping_sub(range.first.0) < range.pages
+}
+
+fn numbers(ranges: &[PageRange]) -> impl Iterator<Item = u32> {
+    ranges.iter().flat_map(|range| range.iter()).map(|page| page.0)
+}

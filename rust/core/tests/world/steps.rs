@@ -1,0 +1,212 @@
+//! Random histories of a [`World`], and what must hold after them.
+
+use crate::world::{CONTENTS, Content, World};
+use ksmrs_core::{Kind, Next};
+use proptest::prelude::*;
+use std::time::Duration;
+
+#[derive(Clone, Debug)]
+pub enum Step {
+    JoinClient,
+    JoinRegion {
+        client: usize,
+        shared: bool,
+        pages: u32,
+        position: u16,
+        content: Content,
+    },
+    LeaveRegion {
+        client: usize,
+        region: usize,
+    },
+    Write {
+        client: usize,
+        page: usize,
+        content: Content,
+    },
+    Hold {
+        client: usize,
+        page: usize,
+        on: bool,
+    },
+    Pump,
+    Work {
+        client: usize,
+        order: usize,
+    },
+    Report {
+        client: usize,
+        order: usize,
+    },
+    Settle,
+    Fork {
+        client: usize,
+    },
+    EndChild {
+        client: usize,
+    },
+    Turn {
+        client: usize,
+    },
+    Seal {
+        client: usize,
+    },
+    Stop {
+        client: usize,
+        stopped: bool,
+    },
+    Die {
+        client: usize,
+    },
+    Pass {
+        millis: u64,
+    },
+    Set {
+        knob: &'static str,
+        value: u32,
+    },
+    Merge,
+}
+
+pub fn step() -> impl Strategy<Value = Step> {
+    let client = || 0..4usize;
+    let page = || 0..64usize;
+    prop_oneof![
+        1 => Just(Step::JoinClient),
+        2 => (client(), any::<bool>(), 1..24u32, 0..512u16, 0..CONTENTS)
+            .prop_map(|(client, shared, pages, position, content)| Step::JoinRegion { client, shared, pages, position, content }),
+        1 => (client(), 0..4usize).prop_map(|(client, region)| Step::LeaveRegion { client, region }),
+        12 => (client(), page(), 0..CONTENTS).prop_map(|(client, page, content)| Step::Write { client, page, content }),
+        2 => (client(), page(), any::<bool>()).prop_map(|(client, page, on)| Step::Hold { client, page, on }),
+        12 => Just(Step::Pump),
+        14 => (client(), 0..2usize).prop_map(|(client, order)| Step::Work { client, order }),
+        14 => (client(), 0..2usize).prop_map(|(client, order)| Step::Report { client, order }),
+        4 => Just(Step::Settle),
+        3 => client().prop_map(|client| Step::Fork { client }),
+        2 => client().prop_map(|client| Step::EndChild { client }),
+        5 => client().prop_map(|client| Step::Turn { client }),
+        5 => client().prop_map(|client| Step::Seal { client }),
+        3 => (client(), any::<bool>()).prop_map(|(client, stopped)| Step::Stop { client, stopped }),
+        1 => client().prop_map(|client| Step::Die { client }),
+        6 => prop_oneof![Just(20), Just(20), Just(6000)].prop_map(|millis| Step::Pass { millis }),
+        2 => prop_oneof![
+            Just(("run", 0)), Just(("run", 1)), Just(("run", 1)), Just(("run", 1)), Just(("run", 2)),
+            Just(("use_zero_pages", 0)), Just(("use_zero_pages", 1)), Just(("max_page_sharing", 3)),
+            Just(("max_page_sharing", 256)), Just(("pages_to_scan", 7)), Just(("smart_scan", 0)),
+        ].prop_map(|(knob, value)| Step::Set { knob, value }),
+        3 => Just(Step::Merge),
+    ]
+}
+
+pub fn apply(world: &mut World, step: &Step) {
+    let with = |world: &mut World, n: usize, act: &dyn Fn(&mut World, ksmrs_core::ClientId)| {
+        if let Some(id) = world.client(n) {
+            act(world, id);
+        }
+    };
+    match *step {
+        Step::JoinClient => drop(world.join_client(false)),
+        Step::JoinRegion {
+            client,
+            shared,
+            pages,
+            position,
+            content,
+        } => {
+            let kind = if shared { Kind::Shared } else { Kind::Private };
+            let contents = move |i: u32| (i / 3 + content) % CONTENTS;
+            with(world, client, &|world, id| {
+                world.join_region(id, kind, pages, position, contents)
+            });
+        }
+        Step::LeaveRegion { client, region } => with(world, client, &|world, id| world.leave_region(id, region)),
+        Step::Write { client, page, content } => with(world, client, &|world, id| world.write(id, page, content)),
+        Step::Hold { client, page, on } => with(world, client, &|world, id| world.hold(id, page, on)),
+        Step::Pump => drop(world.pump(3)),
+        Step::Work { client, order } => with(world, client, &|world, id| world.work(id, order)),
+        Step::Report { client, order } => with(world, client, &|world, id| world.report(id, order)),
+        Step::Settle => world.settle(),
+        Step::Fork { client } => with(world, client, &World::fork),
+        Step::EndChild { client } => with(world, client, &World::end_child),
+        Step::Turn { client } => with(world, client, &World::turn),
+        Step::Seal { client } => with(world, client, &World::seal),
+        Step::Stop { client, stopped } => with(world, client, &|world, id| world.stop(id, stopped)),
+        Step::Die { client } => with(world, client, &World::die),
+        Step::Pass { millis } => world.now += Duration::from_millis(millis),
+        Step::Set { knob, value } => drop(world.core.set(knob, &value.to_string())),
+        Step::Merge => {
+            let ticket = world.core.request_merge(world.now);
+            world.tickets.push(ticket);
+        }
+    }
+}
+
+/// Plays a history; `liars` clients answer at random. Panics where an invariant does not hold.
+pub fn play(steps: &[Step], seed: u64, liars: bool) {
+    let mut world = World::new(seed);
+    for n in 0..3 {
+        let id = world.join_client(liars && n == 2);
+        let kind = if n == 1 { Kind::Shared } else { Kind::Private };
+        world.join_region(id, kind, 12, 7 * n, move |i| (i + u32::from(n)) % CONTENTS);
+    }
+    for step in steps {
+        apply(&mut world, step);
+        world.check_reads();
+    }
+    if world.is_honest() {
+        finish(&mut world);
+    }
+    // Whatever happened, nothing outlives the last client.
+    world.everybody_dies();
+    world.settle();
+    assert_eq!(
+        (
+            world.core.stats().frames,
+            world.frames_in_store(),
+            world.core.slots_taken()
+        ),
+        (0, 0, 0)
+    );
+    assert_eq!(world.core.stats().references_in_limbo, 0);
+    world.now += Duration::from_secs(10);
+    assert_eq!(world.wait(), Next::Idle);
+}
+
+fn finish(world: &mut World) {
+    world.wake_everybody();
+    for (knob, value) in [("run", "1"), ("use_zero_pages", "1")] {
+        world.core.set(knob, value).expect("a valid knob");
+    }
+    world.settle();
+    world.seal_everything();
+    // A merge may lose to a store that could not be written, so a few are tried.
+    for _ in 0..12 {
+        world.merge();
+    }
+    world.seal_everything();
+    world.settle();
+    for ticket in std::mem::take(&mut world.tickets) {
+        assert!(
+            world.core.merge_finished(ticket).is_some(),
+            "a merge on request was forgotten"
+        );
+    }
+    world.check_reads();
+    world.check_counts();
+    world.check_merged();
+    world.core.set("run", "2").expect("a valid knob");
+    for _ in 0..100 {
+        world.settle();
+        world.now += Duration::from_millis(100);
+    }
+    world.seal_everything();
+    world.settle();
+    world.check_reads();
+    world.check_counts();
+    let stats = world.core.stats();
+    assert_eq!(
+        (stats.pages_shared, stats.ksm_zero_pages, stats.frames),
+        (0, 0, 0),
+        "{stats:?}"
+    );
+}

@@ -1,0 +1,75 @@
+//! Python's buffer protocol, both ways: regions export their bytes, and other objects tell where theirs are.
+//!
+//! The one file of this crate that speaks CPython's C interface. Relies on [`crate::region::Region`] for memory that outlives
+//! its exports: every export holds a reference to the Python object, which holds the mapping. Never reads or writes the
+//! memory itself, and never makes a slice of it.
+
+use std::ffi::c_int;
+use std::ptr;
+
+use pyo3::buffer::PyUntypedBuffer;
+use pyo3::ffi;
+use pyo3::prelude::*;
+
+use crate::error;
+use crate::region::Region;
+
+#[pymethods]
+impl Region {
+    /// Exports the region as writable bytes.
+    ///
+    /// # Safety
+    /// Called by the interpreter only, with a `view` that it may fill.
+    #[allow(unsafe_code)]
+    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+        let exported = slf.get().export(slf.py());
+        let (address, nbytes) = match exported {
+            Ok(extent) => extent,
+            Err(refused) => {
+                // SAFETY: `view` is the interpreter's; a failed export must leave its owner empty.
+                unsafe { (*view).obj = ptr::null_mut() };
+                return Err(refused);
+            }
+        };
+        let bytes = ptr::with_exposed_provenance_mut(address);
+        // SAFETY: `view` is the interpreter's to fill. `address..address + nbytes` is mapped and writable until the last
+        // export is released: FillInfo takes a reference to `slf` for the view, and `Region` counts the export made above.
+        let filled = unsafe { ffi::PyBuffer_FillInfo(view, slf.as_ptr(), bytes, nbytes as ffi::Py_ssize_t, 0, flags) };
+        if filled == 0 {
+            return Ok(());
+        }
+        slf.get().export_ended();
+        Err(PyErr::fetch(slf.py()))
+    }
+
+    /// Counts an export out.
+    ///
+    /// # Safety
+    /// Called by the interpreter only, once for each view that `__getbuffer__` filled.
+    #[allow(unsafe_code)]
+    unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
+        self.export_ended();
+    }
+}
+
+/// Where the bytes of any object with the buffer protocol are: first address and length, strides of either sign included.
+#[pyfunction]
+pub fn extent(buffer: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
+    let view = PyUntypedBuffer::get(buffer).map_err(|refused| error::foreign(buffer.py(), &refused))?;
+    if view.suboffsets().is_some() {
+        return Err(error::named(
+            buffer.py(),
+            "ForeignMemoryError",
+            "the buffer is an array of pointers, not one range of memory".to_owned(),
+        ));
+    }
+    let (mut low, mut high) = (view.buf_ptr().addr(), view.buf_ptr().addr());
+    for (&count, &stride) in view.shape().iter().zip(view.strides()) {
+        match count {
+            0 => return Ok((low, 0)),
+            _ if stride < 0 => low -= (count - 1) * stride.unsigned_abs(),
+            _ => high += (count - 1) * stride.unsigned_abs(),
+        }
+    }
+    Ok((low, high + view.item_size() - low))
+}

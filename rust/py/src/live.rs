@@ -1,0 +1,119 @@
+//! Which memory is ours: every live region by its address.
+//!
+//! `madvise` and `pinned` get any view of a region, an array or a slice of a slice, and look its address up here. Relies on
+//! callers holding the GIL, so that a fork never finds the table locked. Never keeps a region alive.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use ksmrs_broker::client;
+use pyo3::prelude::*;
+
+use crate::error;
+
+/// Bytes of a page.
+pub const PAGE_SIZE: usize = 4096;
+
+static LIVE: Mutex<BTreeMap<usize, Weak<Memory>>> = Mutex::new(BTreeMap::new());
+
+/// A region's memory with the one thing that the client side doesn't say: whether it was closed.
+pub struct Memory {
+    /// The client's side of it.
+    pub region: Arc<client::Region>,
+    closed: AtomicBool,
+}
+
+impl Memory {
+    /// Takes a new region into the table.
+    pub fn new(region: Arc<client::Region>) -> Arc<Memory> {
+        let address = region.address();
+        let memory = Arc::new(Memory {
+            region,
+            closed: AtomicBool::new(false),
+        });
+        LIVE.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(address, Arc::downgrade(&memory));
+        memory
+    }
+
+    /// Whether the region was closed.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Marks it closed; false if it was already.
+    pub fn close(&self) -> bool {
+        !self.closed.swap(true, Ordering::AcqRel)
+    }
+
+    /// Opens it again, where leaving failed.
+    pub fn reopen(&self) {
+        self.closed.store(false, Ordering::Release);
+    }
+}
+
+impl Drop for Memory {
+    /// Runs before the region's own drop unmaps the range, so that no newer region can be at this address yet.
+    fn drop(&mut self) {
+        LIVE.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&self.region.address());
+    }
+}
+
+/// A range of bytes within one live region.
+pub struct Within {
+    /// The region.
+    pub memory: Arc<Memory>,
+    bytes: Range<usize>,
+}
+
+impl Within {
+    /// The pages that lie wholly in the range. The rest of a region's last page is nobody's, so it doesn't keep it out.
+    pub fn whole_pages(&self) -> Range<usize> {
+        let last = if self.bytes.end == self.memory.region.len() {
+            self.bytes.end.div_ceil(PAGE_SIZE)
+        } else {
+            self.bytes.end / PAGE_SIZE
+        };
+        self.bytes.start.div_ceil(PAGE_SIZE)..last
+    }
+
+    /// The pages that the range touches.
+    pub fn touched_pages(&self) -> Range<usize> {
+        self.bytes.start / PAGE_SIZE..self.bytes.end.div_ceil(PAGE_SIZE)
+    }
+}
+
+/// Finds the live, open region that a range lies in.
+pub fn find(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Within> {
+    let memory = LIVE
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .range(..=address)
+        .next_back()
+        .and_then(|(_, memory)| memory.upgrade());
+    let found = memory.and_then(|memory| {
+        let first = address - memory.region.address();
+        let end = first.checked_add(nbytes)?;
+        (end <= memory.region.len() && (first < end || first < memory.region.len())).then_some(Within {
+            memory,
+            bytes: first..end,
+        })
+    });
+    match found {
+        None => Err(error::named(
+            py,
+            "ForeignMemoryError",
+            format!(
+                "the {nbytes} bytes at {address:#x} are not memory that ksmrs made: copy them with ksmrs.array(), or use \
+                 ksmrs.Region"
+            ),
+        )),
+        Some(within) if within.memory.is_closed() => Err(error::closed(py)),
+        Some(within) => Ok(within),
+    }
+}

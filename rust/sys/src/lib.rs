@@ -1,0 +1,43 @@
+//! *sys* does: every system call and all unsafe code of ksmrs, one file per thing done.
+//!
+//! It relies on Linux with 4 KiB pages and knows nothing of scanning or trees; it never decides what merges. Safe functions
+//! take mappings that ksmrs owns, never bare addresses, so that the crates above forbid unsafe code.
+
+mod ballast;
+mod bytes;
+pub mod checksum;
+pub mod daemon;
+pub mod descriptors;
+pub mod error;
+pub mod failpoint;
+pub mod fork;
+mod futex;
+mod gate;
+mod holds;
+pub mod life;
+mod mapping;
+pub mod mutant;
+pub mod object;
+pub mod page_table;
+pub mod pagemap;
+pub mod peer;
+pub mod protocol;
+pub mod region;
+mod registry;
+pub mod scan;
+pub mod sigmask;
+pub mod signal;
+pub mod staging;
+pub mod store;
+pub mod window;
+pub mod word;
+mod words;
+
+pub use error::SysError;
+pub use object::{EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
+pub use word::{Origin, Slot, State, StoreNumber, Word};
+
+/// Holds mappings back for breaks at the mapping limit, if that is not done yet; see `ballast.rs`.
+pub fn take_ballast() {
+    ballast::take();
+}

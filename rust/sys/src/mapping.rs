@@ -1,0 +1,425 @@
+//! The memory of regions: the only place that maps at chosen addresses.
+//!
+//! A [`Mapping`] owns the address ranges of one region (the view that the program uses and, for shared memory, the home view);
+//! a [`View`] is a copyable description of them on which the protocol acts. Every call here takes pages of such a region, never
+//! an address, and may be made by whoever owns the words of those pages and by nobody else. Raw system calls only: the signal
+//! handler runs this.
+//!
+//! ```text
+//!   view   [ own ][ own ][ frame 7 ][ frame 8 ][ own ]      what the program reads and writes, 2 MiB-aligned
+//!   home   [ own ][ own ][  hole   ][  hole   ][ own ]      shared regions: the object, never remapped, never protected
+//! ```
+
+use crate::error::SysError;
+use crate::object::{self, EXTENT_SIZE, PAGE_SIZE};
+use crate::protocol::{Access, Kind, Memory, Page, Span};
+use crate::staging::Staging;
+use crate::window::Window;
+use crate::{ballast, bytes, signal};
+use core::ffi::c_void;
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use std::ptr;
+
+const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+/// Where a region's memory lies. Valid as long as the [`Mapping`] it came from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct View {
+    base: usize,
+    /// 0 for private regions.
+    home: usize,
+    /// An area as long as the region to assemble plain memory in; 0 but while leaving.
+    scratch: usize,
+    pages: u32,
+    kind: Kind,
+    /// Whether its own memory may be huge pages, which partial replacement must split first.
+    huge: bool,
+}
+
+impl View {
+    pub(crate) fn base(&self) -> usize {
+        self.base
+    }
+
+    pub(crate) fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.pages as usize * PAGE_SIZE
+    }
+
+    /// The page that an address lies in.
+    pub(crate) fn page_at(&self, address: usize) -> Option<Page> {
+        let offset = address.checked_sub(self.base)? / PAGE_SIZE;
+        (offset < self.pages as usize).then_some(Page(offset as u32))
+    }
+
+    /// The address of a span in the view, and its length in bytes.
+    fn range(&self, span: Span) -> (*mut c_void, usize) {
+        self.within(self.base, span)
+    }
+
+    fn home_range(&self, span: Span) -> (*mut c_void, usize) {
+        debug_assert!(self.kind == Kind::Shared, "only shared regions have a home view");
+        self.within(self.home, span)
+    }
+
+    fn within(&self, base: usize, span: Span) -> (*mut c_void, usize) {
+        assert!(
+            span.end().0 <= self.pages && base != 0,
+            "{span:?} of a region of {} pages",
+            self.pages
+        );
+        let start = base + span.first.0 as usize * PAGE_SIZE;
+        (ptr::with_exposed_provenance_mut(start), span.pages as usize * PAGE_SIZE)
+    }
+
+    /// A page as the program sees it.
+    pub(crate) fn page(&self, page: Page) -> *const u8 {
+        self.range(Span::one(page)).0.cast()
+    }
+
+    /// Copies a page out of the view, whatever is written meanwhile. Only for pages that are backed or may become so: the object
+    /// is ours, sized for good, so nothing can vanish.
+    pub(crate) fn copy_out(&self, page: Page, into: &mut [u8; PAGE_SIZE]) {
+        // SAFETY: the page is inside the view, which is always mapped readable while the region lives, and its object can't shrink.
+        unsafe { bytes::copy_out(self.page(page), into) }
+    }
+
+    /// Copies a page into the staging area, whatever is written meanwhile.
+    pub(crate) fn stage(&self, page: Page, staging: &Staging, index: u32) {
+        // SAFETY: as for `copy_out`; the staging page is good for a page of writes, and never a region's.
+        unsafe { bytes::copy_to(self.page(page), staging.page_pointer(index)) }
+    }
+
+    /// The same view with an area to assemble plain memory in.
+    fn with_scratch(self, scratch: usize) -> View {
+        View { scratch, ..self }
+    }
+
+    /// Whether no huge page can straddle the ends of the span.
+    fn covers_whole_extents(&self, span: Span) -> bool {
+        let (start, bytes) = self.range(span);
+        (start.expose_provenance()).is_multiple_of(EXTENT_SIZE) && bytes.is_multiple_of(EXTENT_SIZE)
+    }
+
+    /// Splits huge pages that the span covers only in part: the kernel frees nothing of them otherwise.
+    fn split_huge(&self, span: Span) {
+        if self.huge && self.kind == Kind::Private && !self.covers_whole_extents(span) {
+            let (start, bytes) = self.range(span);
+            // SAFETY: our view; the advice changes no content. A kernel that declines frees the memory later.
+            let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxCold) };
+        }
+    }
+}
+
+impl Memory for View {
+    type Window = Window;
+
+    fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    fn protect(&self, span: Span, access: Access) -> Result<(), Errno> {
+        let (start, bytes) = self.range(span);
+        let flags = match access {
+            Access::ReadOnly => MprotectFlags::READ,
+            Access::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
+        };
+        // SAFETY: pages of our view whose words the caller owns; both protections keep them readable, and a write that is refused
+        // comes to our handler.
+        unsafe { rustix::mm::mprotect(start, bytes, flags) }
+    }
+
+    fn equals(&self, page: Page, window: Option<&Window>, at: u32) -> bool {
+        let page = self.page(page);
+        // SAFETY: the view is mapped readable while the region lives and the window while it is borrowed; neither object shrinks.
+        unsafe {
+            match window {
+                Some(window) => bytes::equal(page, window.page(at)),
+                None => bytes::is_zero(page),
+            }
+        }
+    }
+
+    fn map_frames(&self, span: Span, window: &Window, at: u32) -> Result<(), Errno> {
+        self.split_huge(span);
+        let (start, bytes) = self.range(span);
+        // SAFETY: pages of our view whose words the caller owns and whose frozen bytes were found equal to the window's frames:
+        // replacing the mapping changes nothing that anyone can read.
+        unsafe { window.map_over(start, bytes, at) }
+    }
+
+    fn map_zero(&self, span: Span, plain: bool) -> Result<(), Errno> {
+        self.split_huge(span);
+        let (start, bytes) = self.range(span);
+        if self.kind == Kind::Private && plain {
+            // SAFETY: private anonymous pages, owned and frozen, all found to be zero: dropping them shows zeros again.
+            unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxDontNeed) }?;
+            // Should the thaw fail at the mapping limit, the merge of the run is off, and its pages are thawed as a whole: private
+            // pages that are zero, as they were.
+            return self.protect(span, Access::ReadWrite);
+        }
+        let access = if self.kind == Kind::Private {
+            READ_WRITE
+        } else {
+            ProtFlags::READ
+        };
+        // SAFETY: pages of our view, owned and frozen, all found to be zero; fresh anonymous memory reads as zeros.
+        unsafe { map_anonymous(start, bytes, access) }
+    }
+
+    fn fill_home(&self, span: Span) -> Result<(), Errno> {
+        let (home, bytes) = self.home_range(span);
+        let (view, _) = self.range(span);
+        // SAFETY: the home view is ours, mapped writable, and these home pages are holes (or copies nobody looks at) while the
+        // caller owns the words. The view shows frames or detached copies that nobody writes meanwhile (all of the pages are
+        // read-only), so a plain copy is sound. Populating first turns a full object into an error instead of a SIGBUS.
+        unsafe {
+            rustix::mm::madvise(home, bytes, Advice::LinuxPopulateWrite)?;
+            ptr::copy_nonoverlapping(view.cast::<u8>().cast_const(), home.cast::<u8>(), bytes);
+        }
+        Ok(())
+    }
+
+    fn map_home(&self, span: Span) -> Result<(), Errno> {
+        let (home, bytes) = self.home_range(span);
+        let (view, _) = self.range(span);
+        // SAFETY: an old length of 0 maps the shared object's same pages a second time, over pages of our view that the caller owns.
+        let map = || unsafe { rustix::mm::mremap_fixed(home, 0, bytes, MremapFlags::MAYMOVE, view) }.map(|_| ());
+        match map() {
+            // SAFETY: pages of our view.
+            Err(_) if !unsafe { is_mapped(view, bytes) } => insist(map),
+            answer => answer,
+        }
+    }
+
+    fn punch_home(&self, span: Span) -> Result<(), Errno> {
+        let (home, bytes) = self.home_range(span);
+        // SAFETY: home pages that no view shows any more (their words are owned and the frames are mapped): nobody reads them.
+        unsafe { rustix::mm::madvise(home, bytes, Advice::LinuxRemove) }
+    }
+
+    fn copy_own(&self, span: Span) -> Result<(), Errno> {
+        let (start, bytes) = self.range(span);
+        // SAFETY: private mappings of frames, writable: the kernel copies each page, as a write would, and changes no byte.
+        unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxPopulateWrite) }
+    }
+
+    fn make_plain(&self, span: Span) -> Result<(), Errno> {
+        let (scratch, bytes) = self.within(self.scratch, span);
+        let (view, _) = self.range(span);
+        // SAFETY: the scratch area is ours and as long as the region; the caller owns the words of the span and made it read-only,
+        // so the source stands still. DONTUNMAP leaves the scratch range mapped (and empty), so no stranger can move in before
+        // the whole area is unmapped.
+        unsafe {
+            rustix::mm::madvise(scratch, bytes, Advice::LinuxPopulateWrite)?;
+            ptr::copy_nonoverlapping(view.cast::<u8>().cast_const(), scratch.cast::<u8>(), bytes);
+            let flags = MremapFlags::MAYMOVE | MremapFlags::DONTUNMAP;
+            match rustix::mm::mremap_fixed(scratch, bytes, bytes, flags, view) {
+                Err(errno) if is_mapped(view, bytes) => return Err(errno),
+                // The kernel had unmapped the view when it found that it could not go on: the only copy is in the scratch area.
+                Err(_) => {
+                    insist(|| map_anonymous(view, bytes, READ_WRITE))?;
+                    ptr::copy_nonoverlapping(scratch.cast::<u8>().cast_const(), view.cast::<u8>(), bytes);
+                }
+                Ok(_) => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether every page of a range is mapped.
+///
+/// # Safety
+/// A page-aligned range; nothing is read or changed.
+pub(crate) unsafe fn is_mapped(start: *mut c_void, bytes: usize) -> bool {
+    let mut residency = [0u8; crate::protocol::MAX_RUN];
+    let mut done = 0;
+    while done < bytes {
+        let now = (bytes - done).min(residency.len() * PAGE_SIZE);
+        // SAFETY: the kernel only looks the range up, and writes a byte per page into the array, which is long enough.
+        if unsafe { libc::mincore(start.byte_add(done), now, residency.as_mut_ptr()) } != 0 {
+            return false;
+        }
+        done += now;
+    }
+    true
+}
+
+/// Tries until it works: for ranges that must not stay unmapped, where waiting for room beats losing bytes.
+pub(crate) fn insist(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+    while call().is_err() {
+        if !ballast::give_up() {
+            signal::nap();
+        }
+    }
+    Ok(())
+}
+
+/// Maps fresh private anonymous memory over a range.
+///
+/// # Safety
+/// The range is ours and whatever it held may be forgotten.
+unsafe fn map_anonymous(start: *mut c_void, bytes: usize, access: ProtFlags) -> Result<(), Errno> {
+    // SAFETY: the caller's promise.
+    unsafe { rustix::mm::mmap_anonymous(start, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) }.map(|_| ())
+}
+
+/// The address ranges of one region, unmapped by whoever closes it.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    view: View,
+}
+
+impl Mapping {
+    /// Fresh zeroed memory for a region, 2 MiB-aligned. Shared memory is reserved now.
+    ///
+    /// # Errors
+    /// ENOMEM or, for shared memory that the machine cannot hold, ENOSPC.
+    pub(crate) fn create(pages: u32, kind: Kind) -> Result<Mapping, SysError> {
+        const WHAT: &str = "region";
+        let bytes = pages as usize * PAGE_SIZE;
+        let object = match kind {
+            Kind::Private => None,
+            Kind::Shared => {
+                let object = object::create("ksmrs-region", bytes as u64)?;
+                object::reserve(&object, WHAT, 0..bytes as u64)?;
+                object::seal_size(&object, WHAT)?;
+                Some(object)
+            }
+        };
+        let mut area = Aligned::reserve(bytes)?;
+        let start = area.start();
+        // SAFETY: the range was reserved just above, with no access, and is ours alone.
+        let mapped = unsafe {
+            match &object {
+                None => rustix::mm::mmap_anonymous(start, bytes, READ_WRITE, MapFlags::PRIVATE | MapFlags::FIXED),
+                Some(object) => {
+                    rustix::mm::mmap(start, bytes, READ_WRITE, MapFlags::SHARED | MapFlags::FIXED, object, 0)
+                }
+            }
+        };
+        mapped.map_err(SysError::call("mmap", WHAT))?;
+        let mut view = View {
+            base: start.expose_provenance(),
+            home: 0,
+            scratch: 0,
+            pages,
+            kind,
+            huge: kind == Kind::Private && transparent_huge_pages_always(),
+        };
+        if kind == Kind::Shared {
+            // SAFETY: an old length of 0 on a shared mapping maps the object a second time, where the kernel likes.
+            let home = unsafe { rustix::mm::mremap(start, 0, bytes, MremapFlags::MAYMOVE) }
+                .map_err(SysError::call("mremap", "home view"))?;
+            // SAFETY: just mapped, ours; the advice only keeps the same bytes from being dumped twice.
+            let _ = unsafe { rustix::mm::madvise(home, bytes, Advice::LinuxDontDump) };
+            view.home = home.expose_provenance();
+        }
+        area.keep();
+        Ok(Mapping { view })
+    }
+
+    /// The description that the protocol acts on.
+    pub(crate) fn view(&self) -> View {
+        self.view
+    }
+
+    /// Unmaps everything. Once only, when no thread uses the memory any more: the addresses may be a stranger's at once.
+    pub(crate) fn unmap(&self) {
+        for base in [self.view.base, self.view.home].into_iter().filter(|base| *base != 0) {
+            // SAFETY: ranges that this mapping made; its region calls this once, when it is closed, and reaches them no more.
+            let _ = unsafe { rustix::mm::munmap(ptr::with_exposed_provenance_mut(base), self.view.bytes()) };
+        }
+    }
+
+    /// Runs `leave` on a view that can assemble plain memory, and gives back the area it used for that.
+    pub(crate) fn with_scratch<T>(&self, leave: impl FnOnce(View) -> Result<T, Errno>) -> Result<T, Errno> {
+        if self.view.kind == Kind::Shared {
+            return leave(self.view);
+        }
+        let bytes = self.view.bytes();
+        // SAFETY: fresh memory where the kernel likes. NORESERVE: only as much of it is used as gets moved over the region.
+        let scratch = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            rustix::mm::mmap_anonymous(ptr::null_mut(), bytes, READ_WRITE, flags)
+        }?;
+        let done = leave(self.view.with_scratch(scratch.expose_provenance()));
+        // SAFETY: mapped above; what was moved out of it left its range mapped (DONTUNMAP), so all of it is still ours.
+        let _ = unsafe { rustix::mm::munmap(scratch, bytes) };
+        done
+    }
+}
+
+/// A 2 MiB-aligned range of reserved addresses, given back when dropped unless kept.
+pub(crate) struct Aligned {
+    start: *mut c_void,
+    bytes: usize,
+    kept: bool,
+}
+
+impl Aligned {
+    pub(crate) fn reserve(bytes: usize) -> Result<Aligned, SysError> {
+        const WHAT: &str = "address space";
+        let whole = bytes.checked_add(EXTENT_SIZE).ok_or(SysError::NoRoom {
+            what: WHAT,
+            bytes: bytes as u64,
+            errno: Errno::NOMEM,
+        })?;
+        // SAFETY: fresh inaccessible addresses where the kernel likes.
+        let area = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            rustix::mm::mmap_anonymous(ptr::null_mut(), whole, ProtFlags::empty(), flags)
+        }
+        .map_err(|errno| SysError::NoRoom {
+            what: WHAT,
+            bytes: bytes as u64,
+            errno,
+        })?;
+        let before = area.addr().next_multiple_of(EXTENT_SIZE) - area.addr();
+        let after = EXTENT_SIZE - before;
+        // SAFETY: the ends of the range reserved above, which nobody has seen.
+        unsafe {
+            if before > 0 {
+                let _ = rustix::mm::munmap(area, before);
+            }
+            if after > 0 {
+                let _ = rustix::mm::munmap(area.byte_add(before + bytes), after);
+            }
+            Ok(Aligned {
+                start: area.byte_add(before),
+                bytes,
+                kept: false,
+            })
+        }
+    }
+
+    pub(crate) fn start(&self) -> *mut c_void {
+        self.start
+    }
+
+    fn keep(&mut self) {
+        self.kept = true;
+    }
+}
+
+// SAFETY: addresses that it alone owns; nothing in it is tied to a thread.
+unsafe impl Send for Aligned {}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        if !self.kept {
+            // SAFETY: reserved by us, seen by nobody else.
+            let _ = unsafe { rustix::mm::munmap(self.start, self.bytes) };
+        }
+    }
+}
+
+/// Whether the kernel gives huge pages to memory that did not ask.
+fn transparent_huge_pages_always() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").is_ok_and(|text| text.contains("[always]"))
+}

@@ -1,0 +1,194 @@
+//! Which pages of a mapping have memory of their own, asked from the kernel.
+//!
+//! PAGEMAP_SCAN (Linux 6.7) answers for thousands of pages in one call; older kernels are asked page by page through the same
+//! file. A process that is not dumpable may not open it at all: then nobody knows, and the caller compares checksums instead.
+//! What is learned here never proves anything but that the kernel copied a page.
+
+use crate::error::SysError;
+use crate::mapping::View;
+use crate::object::PAGE_SIZE;
+use crate::protocol::{Page, Span};
+use core::sync::atomic::{AtomicBool, Ordering};
+use linux_raw_sys::general as raw;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`, which the C headers of older systems lack.
+const PAGEMAP_SCAN: libc::Ioctl = {
+    const READ_WRITE: u64 = 3;
+    (READ_WRITE << 30 | (size_of::<raw::pm_scan_arg>() as u64) << 16 | (b'f' as u64) << 8 | 16) as libc::Ioctl
+};
+
+/// A span's pages, one bit each.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Bits(Vec<u64>);
+
+impl Bits {
+    /// Empties the set and makes room for this many pages.
+    fn reset(&mut self, pages: u32) {
+        self.0.clear();
+        self.0.resize(pages.div_ceil(64) as usize, 0);
+    }
+
+    fn set(&mut self, at: u32) {
+        self.0[at as usize / 64] |= 1 << (at % 64);
+    }
+
+    /// Whether the page, counted from the span's first, is in the set.
+    pub(crate) fn has(&self, at: u32) -> bool {
+        self.0[at as usize / 64] & 1 << (at % 64) != 0
+    }
+}
+
+/// This process's pagemap, opened by the thread that uses it.
+pub struct Pagemap {
+    fd: OwnedFd,
+    /// Whether PAGEMAP_SCAN works here.
+    scans: AtomicBool,
+}
+
+impl Pagemap {
+    /// Opens it. In a thread with a descriptor table of its own; a child must open its own, for this one describes its parent.
+    ///
+    /// # Errors
+    /// EACCES in a process that is not dumpable.
+    pub fn open() -> Result<Pagemap, SysError> {
+        let fd = rustix::fs::open(
+            "/proc/thread-self/pagemap",
+            OFlags::RDONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .map_err(SysError::call("open", "/proc/thread-self/pagemap"))?;
+        Ok(Pagemap {
+            fd,
+            scans: AtomicBool::new(true),
+        })
+    }
+
+    /// Finds the pages of a span of the view that have anonymous memory of their own, in RAM or in swap; the shared page of zeros
+    /// does not count.
+    pub(crate) fn own_memory(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), SysError> {
+        found.reset(span.pages);
+        if self.scans.load(Ordering::Relaxed) {
+            match self.scan(view, span, found) {
+                Err(Errno::NOTTY | Errno::INVAL | Errno::NOSYS | Errno::PERM) => {
+                    self.scans.store(false, Ordering::Relaxed)
+                }
+                answer => return answer.map_err(SysError::call("ioctl(PAGEMAP_SCAN)", "pagemap")),
+            }
+            found.reset(span.pages);
+        }
+        self.read(view, span, found).map_err(SysError::call("pread", "pagemap"))
+    }
+
+    fn scan(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+        const REGIONS: usize = 128;
+        let mut regions = [raw::page_region {
+            start: 0,
+            end: 0,
+            categories: 0,
+        }; REGIONS];
+        let base = view.page(span.first) as u64;
+        let end = base + u64::from(span.pages) * PAGE_SIZE as u64;
+        let mut start = base;
+        while start < end {
+            let mut ask = raw::pm_scan_arg {
+                size: size_of::<raw::pm_scan_arg>() as u64,
+                flags: 0,
+                start,
+                end,
+                walk_end: 0,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: REGIONS as u64,
+                max_pages: 0,
+                category_inverted: raw::PAGE_IS_FILE.into(),
+                category_mask: raw::PAGE_IS_FILE.into(),
+                category_anyof_mask: u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED),
+                return_mask: u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED | raw::PAGE_IS_PFNZERO),
+            };
+            // SAFETY: the argument and the array it names live through the call, which writes at most vec_len entries.
+            let answer = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN, &raw mut ask) };
+            if answer < 0 {
+                let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
+                return Err(Errno::from_raw_os_error(errno));
+            }
+            for region in &regions[..answer as usize] {
+                if region.categories & u64::from(raw::PAGE_IS_PFNZERO) == 0 {
+                    for page in (region.start - base) / PAGE_SIZE as u64..(region.end - base) / PAGE_SIZE as u64 {
+                        found.set(page as u32);
+                    }
+                }
+            }
+            if ask.walk_end <= start {
+                return Err(Errno::INVAL);
+            }
+            start = ask.walk_end;
+        }
+        Ok(())
+    }
+
+    /// The older way: an entry of 8 bytes a page. It cannot tell the page of zeros from memory of one's own.
+    fn read(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+        const PRESENT: u64 = 1 << 63;
+        const SWAPPED: u64 = 1 << 62;
+        const FILE: u64 = 1 << 61;
+        let mut entries = [0u8; 8 * 512];
+        let mut at = 0;
+        while at < span.pages {
+            let ask = (span.pages - at).min(512) as usize * 8;
+            let offset = (view.page(Page(span.first.0 + at)) as u64 / PAGE_SIZE as u64) * 8;
+            let read = rustix::io::pread(&self.fd, &mut entries[..ask], offset)?;
+            if read == 0 || !read.is_multiple_of(8) {
+                return Err(Errno::IO);
+            }
+            for entry in entries[..read].as_chunks::<8>().0 {
+                let entry = u64::from_ne_bytes(*entry);
+                if entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 {
+                    found.set(at);
+                }
+                at += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mapping::Mapping;
+    use crate::protocol::Kind;
+
+    #[test]
+    fn both_ways_find_the_same_pages() {
+        let mapping = Mapping::create(1200, Kind::Private).unwrap();
+        let view = mapping.view();
+        for page in [0, 1, 63, 64, 511, 512, 700, 1199] {
+            // SAFETY: a page of the mapping made above, which nobody else knows.
+            unsafe { view.page(Page(page)).cast_mut().write_volatile(1) };
+        }
+        let pagemap = Pagemap::open().unwrap();
+        for (first, pages) in [(0, 1200), (1, 63), (512, 688)] {
+            let span = Span {
+                first: Page(first),
+                pages,
+            };
+            let (mut scanned, mut read) = (Bits::default(), Bits::default());
+            pagemap.scans.store(true, Ordering::Relaxed);
+            pagemap.own_memory(&view, span, &mut scanned).unwrap();
+            pagemap.scans.store(false, Ordering::Relaxed);
+            pagemap.own_memory(&view, span, &mut read).unwrap();
+            for at in 0..pages {
+                let written = [0, 1, 63, 64, 511, 512, 700, 1199].contains(&(first + at));
+                assert_eq!(
+                    (scanned.has(at), read.has(at)),
+                    (written, written),
+                    "page {}",
+                    first + at
+                );
+            }
+        }
+        mapping.unmap();
+    }
+}

@@ -1,0 +1,436 @@
+//! A region: its memory, its words, and everything that may be done to it from outside the signal handler.
+//!
+//! The remapper merges and brings home, the scanner checksums and stages, the program's threads unmerge, pin, leave and close.
+//! A lock keeps `close` from the others' runs; the words keep everyone from each other's pages. Nothing here decides what
+//! merges, and no lock is held while a fork waits.
+
+use crate::error::SysError;
+use crate::fork;
+use crate::gate::Pass;
+use crate::holds::{Holds, insert_range, remove_range};
+use crate::mapping::{Mapping, View};
+use crate::page_table::ClientTable;
+use crate::protocol::{self, Claims, Kind, MergeRun, Page, Span, Verdict, Words};
+use crate::registry::{self, Area};
+use crate::sigmask::Blocked;
+use crate::staging::Staging;
+use crate::store::StoreFile;
+use crate::window::{Pane, Window};
+use crate::word::{Slot, State, Word};
+use crate::words::RegionWords;
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError, RwLock};
+
+/// Changes with every unmerge on request.
+static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
+
+/// A number that changes whenever program threads took pages from their frames.
+pub fn given_up() -> u64 {
+    GIVEN_UP.load(Ordering::Relaxed)
+}
+
+/// A region of this process.
+pub struct Region {
+    /// The memory, unmapped by `close`.
+    mapping: Mapping,
+    closed: AtomicBool,
+    /// Keeps `close` from runs under way. A forked child never takes it: another thread of the parent may have held it.
+    in_use: RwLock<()>,
+    pub(crate) view: View,
+    pub(crate) words: RegionWords,
+    pub(crate) table: &'static ClientTable,
+    pub(crate) first_word: u32,
+    era: u32,
+    holds: Mutex<Holds>,
+}
+
+impl Region {
+    /// Fresh zeroed memory, known to the fault handler. The process has begun its life ([`fork::begin_life`]) and installed the
+    /// handler.
+    ///
+    /// # Errors
+    /// No memory, no room in the table, or a child that has not begun its own life.
+    pub fn create(table: &'static ClientTable, pages: u32, kind: Kind) -> Result<Region, SysError> {
+        let errno = rustix::io::Errno::PERM;
+        let era = fork::era().ok_or(SysError::Call {
+            call: "fork",
+            what: "unregistered child",
+            errno,
+        })?;
+        let mapping = Mapping::create(pages, kind)?;
+        let first_word = table.take(pages)?;
+        let words = RegionWords::new(&table.words()[first_word as usize..(first_word + pages) as usize]);
+        let view = mapping.view();
+        registry::add(Area { view, words, era });
+        Ok(Region {
+            mapping,
+            closed: AtomicBool::new(false),
+            in_use: RwLock::new(()),
+            view,
+            words,
+            table,
+            first_word,
+            era,
+            holds: Mutex::default(),
+        })
+    }
+
+    /// The first byte.
+    pub fn address(&self) -> usize {
+        self.view.base()
+    }
+
+    /// Whole pages.
+    pub fn pages(&self) -> u32 {
+        self.view.pages()
+    }
+
+    /// Private or shared.
+    pub fn kind(&self) -> Kind {
+        use crate::protocol::Memory;
+        self.view.kind()
+    }
+
+    /// Where its slice of the page table begins.
+    pub fn first_word(&self) -> u32 {
+        self.first_word
+    }
+
+    /// Whether this process registered it. A forked child has its parent's regions as ordinary memory.
+    pub fn is_ours(&self) -> bool {
+        fork::era() == Some(self.era)
+    }
+
+    fn whole(&self) -> Span {
+        Span {
+            first: Page(0),
+            pages: self.pages(),
+        }
+    }
+
+    /// Runs something on the memory unless the region is closed.
+    pub(crate) fn open<T>(&self, run: impl FnOnce(&Mapping) -> T) -> Option<T> {
+        let ours = self.is_ours();
+        let _in_use = ours.then(|| self.in_use.read().unwrap_or_else(PoisonError::into_inner));
+        (!self.closed.load(Ordering::Acquire)).then(|| run(&self.mapping))
+    }
+
+    fn holds(&self) -> std::sync::MutexGuard<'_, Holds> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // The remapper.
+
+    /// Merges a run onto frames of the store; verdicts per page. `None` if the region is closed. A shared region merges only if the
+    /// process has not forked since [`fork::count`] was `forks`, else its pages are Busy: a child writes to the same object.
+    pub fn merge(
+        &self,
+        run: MergeRun,
+        store: &StoreFile,
+        pane: &mut Pane,
+        forks: u32,
+        claims: &mut Claims,
+        verdicts: &mut [Verdict],
+    ) -> Option<Result<(), SysError>> {
+        self.open(|_| {
+            let window = match run.slot {
+                Slot::ZERO => None,
+                slot => Some(Window::open(store, slot, run.span.pages, self.kind(), pane)?),
+            };
+            let _pass = Pass::enter();
+            if self.kind() == Kind::Shared && fork::count() != forks {
+                verdicts[..run.span.pages as usize].fill(Verdict::Busy);
+                return Ok(());
+            }
+            protocol::merge_run(&self.words, &self.view, run, window.as_ref(), claims, verdicts)
+                .map_err(SysError::call("merge", "run"))
+        })
+    }
+
+    /// Frees the home pages behind pages just merged, or takes the pages back if another address space maps the object.
+    /// A fork since [`fork::count`] was `forks` makes another address space, too.
+    pub fn settle(&self, span: Span, alone: bool, forks: u32) -> Option<Result<u32, SysError>> {
+        self.open(|_| {
+            let _pass = Pass::enter();
+            let alone = alone && fork::count() == forks;
+            protocol::settle(&self.words, &self.view, span, alone)
+                .map_err(SysError::call("madvise(MADV_REMOVE)", "home"))
+        })
+    }
+
+    /// Gives merged pages of a span memory of their own again, still taking part. How many it was.
+    pub fn break_span(&self, span: Span) -> Option<Result<u32, SysError>> {
+        self.open(|_| {
+            let merged = |word: Word| matches!(word.state(), State::Merged | State::Zero);
+            let mut broken = 0;
+            for part in self.stretches_of(span, merged) {
+                let pass = Pass::enter();
+                protocol::unmerge(&self.words, &self.view, part).map_err(SysError::call("unmerge", "run"))?;
+                protocol::reopen(&self.words, &self.view, part);
+                drop(pass);
+                broken += part.pages;
+            }
+            self.hold_again(span);
+            Ok(broken)
+        })
+    }
+
+    /// Brings Detached pages home, as far as there is room; how many came.
+    pub fn bring_home(&self, span: Span) -> u32 {
+        let came = self.open(|_| {
+            let detached = span
+                .iter()
+                .filter(|page| self.words.load(*page).state() == State::Detached);
+            let _pass = Pass::enter();
+            detached
+                .filter(|page| protocol::bring_home(&self.words, &self.view, *page) == Ok(true))
+                .count()
+        });
+        came.unwrap_or(0) as u32
+    }
+
+    // The scanner; `scan.rs` has the rest.
+
+    /// Copies a page into the staging area; false if the region is closed.
+    pub fn stage(&self, page: Page, staging: &Staging, index: u32) -> bool {
+        self.open(|_| self.view.stage(page, staging, index)).is_some()
+    }
+
+    /// Highest store numbers that words of this region still hold: bit n of word n / 64.
+    pub fn stores_in_use(&self, stores: &mut [u64; 4]) {
+        self.open(|_| {
+            for page in self.whole().iter() {
+                if let Some((store, _)) = self.words.load(page).frame() {
+                    stores[store.0 as usize / 64] |= 1 << (store.0 % 64);
+                }
+            }
+        });
+    }
+
+    // The program's threads.
+
+    /// Takes pages out of merging: each has memory of its own when this returns. In a forked child, which owns no words, the
+    /// kernel is asked for the copies.
+    ///
+    /// # Errors
+    /// No memory for the copies; then nothing is taken out.
+    pub fn unadvise(&self, pages: Range<u32>) -> Result<(), SysError> {
+        if !self.is_ours() {
+            return self.hold(pages);
+        }
+        insert_range(&mut self.holds().unadvised, pages.clone());
+        self.hold(pages.clone()).inspect_err(|_| {
+            let mut holds = self.holds();
+            remove_range(&mut holds.unadvised, pages.clone());
+            self.let_go(&holds, pages);
+        })
+    }
+
+    /// Lets pages take part again, but for those that are pinned.
+    ///
+    /// # Errors
+    /// EPERM in a forked child: regions made before the fork stay ordinary memory there.
+    pub fn advise(&self, pages: Range<u32>) -> Result<(), SysError> {
+        if !self.is_ours() {
+            let errno = rustix::io::Errno::PERM;
+            return Err(SysError::Call {
+                call: "madvise",
+                what: "a region made before the fork",
+                errno,
+            });
+        }
+        let mut holds = self.holds();
+        remove_range(&mut holds.unadvised, pages.clone());
+        self.let_go(&holds, pages);
+        Ok(())
+    }
+
+    /// Like [`Region::unadvise`], counted: each pin needs its unpin.
+    ///
+    /// # Errors
+    /// No memory for the copies; the pin does not count then.
+    pub fn pin(&self, pages: Range<u32>) -> Result<(), SysError> {
+        if !self.is_ours() {
+            return self.hold(pages);
+        }
+        self.holds().pins.push(pages.clone());
+        self.hold(pages.clone()).inspect_err(|_| self.unpin(pages))
+    }
+
+    /// Ends one pin of exactly this range.
+    pub fn unpin(&self, pages: Range<u32>) {
+        if !self.is_ours() {
+            return;
+        }
+        let mut holds = self.holds();
+        if let Some(at) = holds.pins.iter().position(|pin| *pin == pages) {
+            holds.pins.swap_remove(at);
+            self.let_go(&holds, pages);
+        }
+    }
+
+    fn hold(&self, pages: Range<u32>) -> Result<(), SysError> {
+        let span = Span {
+            first: Page(pages.start),
+            pages: pages.len() as u32,
+        };
+        let done = self.open(|_| {
+            if !self.is_ours() {
+                return self.copy_in_child(span);
+            }
+            let mut at = span.first;
+            while at < span.end() {
+                // A run at a time: a fork must not wait for gigabytes.
+                let part = Span {
+                    first: at,
+                    pages: (span.end().0 - at.0).min(protocol::MAX_RUN as u32),
+                };
+                let _blocked = Blocked::new();
+                let _pass = Pass::enter();
+                protocol::unmerge(&self.words, &self.view, part)?;
+                GIVEN_UP.fetch_add(1, Ordering::Relaxed);
+                at = part.end();
+            }
+            Ok(())
+        });
+        done.unwrap_or(Ok(()))
+            .map_err(SysError::call("madvise(MADV_POPULATE_WRITE)", "region"))
+    }
+
+    fn copy_in_child(&self, span: Span) -> Result<(), rustix::io::Errno> {
+        use crate::protocol::{Access, Memory};
+        self.view.protect(span, Access::ReadWrite)?;
+        self.view.copy_own(span)
+    }
+
+    /// Reopens the pages of a range that nothing holds any more.
+    fn let_go(&self, holds: &Holds, pages: Range<u32>) {
+        let held = |page: u32| {
+            holds
+                .unadvised
+                .iter()
+                .chain(&holds.pins)
+                .any(|range| range.contains(&page))
+        };
+        self.open(|_| {
+            let _blocked = Blocked::new();
+            let _pass = Pass::enter();
+            if holds.unadvised.is_empty() && holds.pins.is_empty() {
+                let span = Span {
+                    first: Page(pages.start),
+                    pages: pages.len() as u32,
+                };
+                return protocol::reopen(&self.words, &self.view, span);
+            }
+            for page in pages.filter(|page| !held(*page)) {
+                protocol::reopen(&self.words, &self.view, Span::one(Page(page)));
+            }
+        });
+    }
+
+    /// Holds again what must stay held: `break_span` may have raced with a pin and reopened it.
+    fn hold_again(&self, span: Span) {
+        // The lock before the gate, never the other way: whoever waits at the gate may hold it.
+        let holds = self.holds();
+        let _pass = Pass::enter();
+        for range in holds.unadvised.iter().chain(&holds.pins) {
+            let (start, end) = (range.start.max(span.first.0), range.end.min(span.end().0));
+            if start < end {
+                let part = Span {
+                    first: Page(start),
+                    pages: end - start,
+                };
+                // Their memory is their own already, so this needs none.
+                let _ = protocol::unmerge(&self.words, &self.view, part);
+            }
+        }
+    }
+
+    /// Ends merging for good: plain memory again, with its bytes, at the same address. Nothing of the store stays mapped.
+    ///
+    /// # Errors
+    /// No memory for the copies.
+    pub fn leave(&self) -> Result<(), SysError> {
+        self.unadvise(0..self.pages())?;
+        if !self.is_ours() {
+            return Ok(());
+        }
+        let left = self.open(|mapping| {
+            mapping.with_scratch(|view| {
+                let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
+                let whole = self.whole();
+                let mut at = whole.first;
+                while at < whole.end() {
+                    let part = Span {
+                        first: at,
+                        pages: (whole.end().0 - at.0).min(protocol::MAX_RUN as u32),
+                    };
+                    let _blocked = Blocked::new();
+                    let _pass = Pass::enter();
+                    protocol::leave(&self.words, &view, part, &mut before)?;
+                    at = part.end();
+                }
+                Ok(())
+            })
+        });
+        left.unwrap_or(Ok(()))
+            .map_err(SysError::call("mremap", "leaving region"))
+    }
+
+    /// Abandons the memory: nothing is copied, everything is unmapped. Idempotent. Whoever closes it gives its slice of the table
+    /// back, once nobody can mistake its words for another region's.
+    pub fn close(&self) {
+        let ours = self.is_ours();
+        let _in_use = ours.then(|| self.in_use.write().unwrap_or_else(PoisonError::into_inner));
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        if !ours {
+            // A child that is not registered: the words are its parent's.
+            registry::remove(self.address(), || self.mapping.unmap());
+            return;
+        }
+        let _blocked = Blocked::new();
+        {
+            let _pass = Pass::enter();
+            protocol::claim_all(&self.words, self.whole());
+        }
+        registry::remove(self.address(), || {
+            self.mapping.unmap();
+            // Whoever writes to memory that is being closed waits for these words; let it run into its fault.
+            for page in self.whole().iter() {
+                self.words.store(page, Word::PRIVATE.with_state(State::Held));
+            }
+        });
+    }
+
+    // For whoever wants to know.
+
+    /// Every page's state.
+    pub fn page_states(&self) -> Vec<State> {
+        if !self.is_ours() {
+            return vec![State::Held; self.pages() as usize];
+        }
+        self.open(|_| self.whole().iter().map(|page| self.words.load(page).state()).collect())
+            .unwrap_or_default()
+    }
+
+    /// The maximal stretches of a span whose words match now.
+    fn stretches_of(&self, span: Span, matching: impl Fn(Word) -> bool) -> Vec<Span> {
+        let mut stretches: Vec<Span> = Vec::new();
+        for page in span.iter().filter(|page| matching(self.words.load(*page))) {
+            match stretches.last_mut() {
+                Some(last) if last.end() == page => last.pages += 1,
+                _ => stretches.push(Span::one(page)),
+            }
+        }
+        stretches
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,404 @@
+//! The frame store of a domain: one sparse memfd that the broker fills and clients map read-only.
+//!
+//! It relies on the seals and the 0400 mode: a client's descriptor cannot write, and the size never changes. It knows slots
+//! and bytes; which slot holds what, and when one may be punched, is decided elsewhere. Nobody maps the whole store, the
+//! broker only ever an extent at a time, to make it huge.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags, SealFlags};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags};
+
+use crate::checksum::Checksummer;
+use crate::error::SysError;
+use crate::object::{self, EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
+use crate::staging::StagingView;
+use crate::word::Slot;
+
+const WHAT: &str = "frame store";
+/// The smallest store worth having, should RLIMIT_FSIZE allow no larger one: 64 MiB.
+const MIN_SLOTS: u64 = 32 * EXTENT_PAGES as u64;
+/// Slot numbers are 32 bits and the last one means zero.
+const MAX_SLOTS: u64 = (u32::MAX - 2 * EXTENT_PAGES) as u64 / EXTENT_PAGES as u64 * EXTENT_PAGES as u64;
+
+/// Frames read at once for hashing: 128 KiB, which the second-level cache still holds from being filled.
+pub const HASHED_AT_ONCE: u32 = 32;
+
+const fn offset_of(slot: Slot) -> u64 {
+    slot.0 as u64 * PAGE_SIZE as u64
+}
+
+/// The broker's side: writable.
+pub struct Store {
+    fd: OwnedFd,
+    slots: u32,
+    /// Where frames are read to for hashing.
+    buffer: Vec<u8>,
+}
+
+impl Store {
+    /// Makes a store of twice the machine's memory, or as much as RLIMIT_FSIZE allows.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn create() -> Result<Store, SysError> {
+        // SAFETY: asks for a number, nothing else.
+        let pages = unsafe { libc::sysconf(libc::_SC_PHYS_PAGES) };
+        let mut slots = u64::try_from(pages).unwrap_or(MIN_SLOTS).saturating_mul(2);
+        slots = slots
+            .next_multiple_of(u64::from(EXTENT_PAGES))
+            .clamp(MIN_SLOTS, MAX_SLOTS);
+        loop {
+            match Store::with_slots(slots as u32) {
+                Err(SysError::Call { errno: Errno::FBIG, .. }) if slots > MIN_SLOTS => {
+                    slots = (slots / 2).max(MIN_SLOTS)
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    /// Makes a store of this many slots, rounded up to whole extents.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn with_slots(slots: u32) -> Result<Store, SysError> {
+        let slots = u64::from(slots)
+            .next_multiple_of(u64::from(EXTENT_PAGES))
+            .clamp(u64::from(EXTENT_PAGES), MAX_SLOTS) as u32;
+        let fd = object::create("ksmrs-store", u64::from(slots) * PAGE_SIZE as u64)?;
+        rustix::fs::fchmod(&fd, Mode::RUSR).map_err(SysError::call("fchmod", WHAT))?;
+        object::seal_size(&fd, WHAT)?;
+        Ok(Store {
+            fd,
+            slots,
+            buffer: vec![0; HASHED_AT_ONCE as usize * PAGE_SIZE],
+        })
+    }
+
+    /// How many slots there are.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// A read-only descriptor of the store, to be sent to a client.
+    ///
+    /// # Errors
+    /// The kernel's errno; ENOENT without /proc.
+    pub fn read_only(&self) -> Result<OwnedFd, SysError> {
+        // The thread's own table: it may have left the process's.
+        let path = format!("/proc/thread-self/fd/{}", self.fd.as_raw_fd());
+        rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(SysError::call("open", WHAT))
+    }
+
+    fn check(&self, slot: Slot, pages: u32) {
+        let end = slot.0.checked_add(pages);
+        assert!(
+            end.is_some_and(|end| end <= self.slots),
+            "{slot:?}+{pages} is outside the store of {} slots",
+            self.slots
+        );
+    }
+
+    /// Fills frames with copies of consecutive staging pages.
+    ///
+    /// # Errors
+    /// [`SysError::NoRoom`]; some of the frames may have been written then: punch them.
+    pub fn fill(&self, slot: Slot, staging: &StagingView, first: u32, pages: u32) -> Result<(), SysError> {
+        self.check(slot, pages);
+        let source = staging.pages_pointer(first, pages);
+        let bytes = pages as usize * PAGE_SIZE;
+        let mut done = 0;
+        while done < bytes {
+            // SAFETY: the kernel reads bytes of the staging mapping, which is alive and cannot shrink; whoever changes them
+            // meanwhile changes only what the frame will be, and the frame is hashed afterwards. No reference is made.
+            let wrote = object::without_file_size_signal(|| unsafe {
+                let at = offset_of(slot) as i64 + done as i64;
+                libc::pwrite64(self.fd.as_raw_fd(), source.add(done).cast(), bytes - done, at)
+            });
+            match wrote {
+                1.. => done += wrote as usize,
+                0 => {
+                    return Err(SysError::NoRoom {
+                        what: WHAT,
+                        bytes: bytes as u64,
+                        errno: Errno::NOSPC,
+                    });
+                }
+                _ => match Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO) {
+                    Errno::INTR => continue,
+                    errno => {
+                        return Err(SysError::NoRoom {
+                            what: WHAT,
+                            bytes: bytes as u64,
+                            errno,
+                        });
+                    }
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// The checksums of frames as they are in the store.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn hash(
+        &mut self,
+        slot: Slot,
+        pages: u32,
+        checksummer: &Checksummer,
+        into: &mut Vec<u64>,
+    ) -> Result<(), SysError> {
+        self.check(slot, pages);
+        let mut done = 0;
+        while done < pages {
+            let now = (pages - done).min(HASHED_AT_ONCE);
+            let bytes = now as usize * PAGE_SIZE;
+            self.read_exact(offset_of(slot.plus(done)), bytes)?;
+            into.extend(
+                self.buffer[..bytes]
+                    .as_chunks::<PAGE_SIZE>()
+                    .0
+                    .iter()
+                    .map(|page| checksummer.page(page)),
+            );
+            done += now;
+        }
+        Ok(())
+    }
+
+    fn read_exact(&mut self, offset: u64, bytes: usize) -> Result<(), SysError> {
+        let mut done = 0;
+        while done < bytes {
+            match rustix::io::pread(&self.fd, &mut self.buffer[done..bytes], offset + done as u64) {
+                Ok(0) => {
+                    return Err(SysError::Call {
+                        call: "pread",
+                        what: WHAT,
+                        errno: Errno::IO,
+                    });
+                }
+                Ok(read) => done += read,
+                Err(Errno::INTR) => continue,
+                Err(errno) => {
+                    return Err(SysError::Call {
+                        call: "pread",
+                        what: WHAT,
+                        errno,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the empty extent that starts at `slot` one huge page, to be filled whole right away. Whether it became one.
+    ///
+    /// One byte is written first, for the kernel does not collapse a wholly empty extent. Where it declines (no memory in one
+    /// piece, no huge pages) the extent stays what it was, and filling works all the same.
+    pub fn make_huge(&self, slot: Slot) -> bool {
+        self.check(slot, EXTENT_PAGES);
+        assert!(slot.0.is_multiple_of(EXTENT_PAGES), "{slot:?} does not start an extent");
+        if rustix::io::pwrite(&self.fd, &[0], offset_of(slot)) != Ok(1) {
+            return false;
+        }
+        self.collapse(slot).is_ok()
+    }
+
+    fn collapse(&self, slot: Slot) -> Result<(), SysError> {
+        // An address at the right place modulo 2 MiB: ask for twice the room, let go of it, and ask again with a hint inside.
+        // Should another thread take the place meanwhile, the kernel maps elsewhere and this extent stays small.
+        // SAFETY: no fixed addresses: the kernel never replaces a mapping here, and we unmap only what we were given.
+        unsafe {
+            let wide = rustix::mm::mmap_anonymous(
+                core::ptr::null_mut(),
+                2 * EXTENT_SIZE,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE,
+            )
+            .map_err(SysError::call("mmap", WHAT))?;
+            let hint = wide.map_addr(|address| address.next_multiple_of(EXTENT_SIZE));
+            rustix::mm::munmap(wide, 2 * EXTENT_SIZE).map_err(SysError::call("munmap", WHAT))?;
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            let window = rustix::mm::mmap(
+                hint,
+                EXTENT_SIZE,
+                protection,
+                MapFlags::SHARED,
+                &self.fd,
+                offset_of(slot),
+            )
+            .map_err(SysError::call("mmap", WHAT))?;
+            let collapsed = libc::madvise(
+                window,
+                EXTENT_SIZE,
+                linux_raw_sys::general::MADV_COLLAPSE as libc::c_int,
+            );
+            let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
+            rustix::mm::munmap(window, EXTENT_SIZE).map_err(SysError::call("munmap", WHAT))?;
+            if collapsed == 0 {
+                Ok(())
+            } else {
+                Err(SysError::Call {
+                    call: "madvise(MADV_COLLAPSE)",
+                    what: WHAT,
+                    errno,
+                })
+            }
+        }
+    }
+
+    /// Gives the memory of frames back. Nobody may show them.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn punch(&self, slot: Slot, pages: u32) -> Result<(), SysError> {
+        self.check(slot, pages);
+        object::punch(&self.fd, WHAT, offset_of(slot)..offset_of(slot.plus(pages)))
+    }
+
+    /// Bytes of memory in the store.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn allocated(&self) -> Result<u64, SysError> {
+        object::allocated(&self.fd, WHAT)
+    }
+
+    /// Runs of slots that have memory, in order: (first, pages).
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn filled(&self) -> Result<Vec<(Slot, u32)>, SysError> {
+        let page = PAGE_SIZE as u64;
+        let ranges = object::data_ranges(&self.fd, WHAT, 0..u64::from(self.slots) * page)?;
+        Ok(ranges
+            .iter()
+            .map(|range| {
+                (
+                    Slot((range.start / page) as u32),
+                    ((range.end - range.start) / page) as u32,
+                )
+            })
+            .collect())
+    }
+}
+
+/// The client's side: a vetted read-only descriptor of a store.
+pub struct StoreFile {
+    fd: OwnedFd,
+    slots: u32,
+}
+
+impl StoreFile {
+    /// Vets what a broker sent as its store.
+    ///
+    /// # Errors
+    /// [`SysError::Vetting`]: not ours, not sealed, of another size, or writable.
+    pub fn vet(fd: OwnedFd, slots: u32) -> Result<StoreFile, SysError> {
+        let vetted = object::vet(&fd, WHAT, SealFlags::SHRINK | SealFlags::GROW)?;
+        let hostile = |reason: String| SysError::Vetting { what: WHAT, reason };
+        if slots == 0 || vetted.size != u64::from(slots) * PAGE_SIZE as u64 {
+            return Err(hostile(format!("{} bytes for {slots} slots", vetted.size)));
+        }
+        let owner = rustix::fs::fstat(&fd).map_err(SysError::call("fstat", WHAT))?.st_uid;
+        let ours = rustix::process::geteuid().as_raw();
+        if owner != ours {
+            return Err(hostile(format!("it belongs to uid {owner}, not {ours}")));
+        }
+        let flags = rustix::fs::fcntl_getfl(&fd).map_err(SysError::call("F_GETFL", WHAT))?;
+        if flags & OFlags::RWMODE != OFlags::RDONLY {
+            return Err(hostile(format!("open flags {:#x}, not O_RDONLY", flags.bits())));
+        }
+        Ok(StoreFile { fd, slots })
+    }
+
+    /// How many slots there are.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+}
+
+impl AsFd for StoreFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::KEY_BYTES;
+    use crate::staging::Staging;
+
+    fn small() -> (Store, Staging, StagingView, Checksummer) {
+        let (staging, fd) = Staging::create().unwrap();
+        let view = StagingView::open(&fd).unwrap();
+        (
+            Store::with_slots(2048).unwrap(),
+            staging,
+            view,
+            Checksummer::new(&[3; KEY_BYTES]),
+        )
+    }
+
+    #[test]
+    fn frames_hold_what_was_staged_until_punched() {
+        let (mut store, staging, view, checksummer) = small();
+        let pages: Vec<[u8; PAGE_SIZE]> = (1..=5).map(|byte| [byte; PAGE_SIZE]).collect();
+        for (index, page) in pages.iter().enumerate() {
+            staging.write_page(index as u32, page);
+        }
+        store.fill(Slot(700), &view, 0, 5).unwrap();
+        let mut hashes = Vec::new();
+        store.hash(Slot(700), 5, &checksummer, &mut hashes).unwrap();
+        let expected: Vec<u64> = pages.iter().map(|page| checksummer.page(page)).collect();
+        assert_eq!(hashes, expected);
+        assert_eq!(store.filled().unwrap(), [(Slot(700), 5)]);
+        store.punch(Slot(701), 2).unwrap();
+        assert_eq!(store.filled().unwrap(), [(Slot(700), 1), (Slot(703), 2)]);
+        assert_eq!(store.allocated().unwrap(), 3 * PAGE_SIZE as u64);
+    }
+
+    #[test]
+    fn a_whole_extent_is_the_same_huge_or_not() {
+        let (mut store, staging, view, checksummer) = small();
+        for index in 0..EXTENT_PAGES {
+            staging.write_page(index, &[index as u8 | 1; PAGE_SIZE]);
+        }
+        let huge = store.make_huge(Slot(512));
+        if huge {
+            assert_eq!(store.allocated().unwrap(), EXTENT_SIZE as u64);
+        }
+        store.fill(Slot(512), &view, 0, EXTENT_PAGES).unwrap();
+        let mut hashes = Vec::new();
+        store.hash(Slot(512), EXTENT_PAGES, &checksummer, &mut hashes).unwrap();
+        assert_eq!(hashes[7], checksummer.page(&[7; PAGE_SIZE]));
+        assert_eq!(store.allocated().unwrap(), EXTENT_SIZE as u64);
+        store.punch(Slot(512), EXTENT_PAGES).unwrap();
+        assert_eq!(store.allocated().unwrap(), 0);
+    }
+
+    #[test]
+    fn clients_get_a_descriptor_that_cannot_write() {
+        let (store, ..) = small();
+        let file = StoreFile::vet(store.read_only().unwrap(), store.slots()).unwrap();
+        assert_eq!(rustix::io::pwrite(&file, &[1], 0), Err(Errno::BADF));
+        assert!(rustix::fs::ftruncate(&file, 0).is_err());
+        assert!(StoreFile::vet(store.read_only().unwrap(), 4096).is_err());
+        assert!(
+            StoreFile::vet(store.fd.try_clone().unwrap(), store.slots()).is_err(),
+            "a writable one is refused"
+        );
+    }
+
+    #[test]
+    fn a_store_without_a_size_fits_the_machine() {
+        let store = Store::create().unwrap();
+        assert!(store.slots() >= MIN_SLOTS as u32 && store.slots().is_multiple_of(EXTENT_PAGES));
+        assert_eq!(store.allocated().unwrap(), 0);
+    }
+}

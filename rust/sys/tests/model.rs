@@ -1,0 +1,77 @@
+//! The page-state protocol under the model checker: every interleaving of remapper, writers, scanner and unmerge.
+
+mod kernel_model;
+
+use kernel_model::*;
+use ksmrs_sys::protocol::Kind;
+
+#[test]
+fn shared_merge_and_two_writers() {
+    explore(2, || merge_and_two_writers(Kind::Shared));
+}
+
+#[test]
+fn private_merge_and_two_writers() {
+    explore(2, || merge_and_two_writers(Kind::Private));
+}
+
+#[test]
+fn shared_merge_and_reader() {
+    explore(3, || merge_and_reader(Kind::Shared));
+}
+
+#[test]
+fn private_merge_and_reader() {
+    explore(3, || merge_and_reader(Kind::Private));
+}
+
+#[test]
+fn a_widened_break_takes_only_what_it_owns() {
+    explore(4, widened_break);
+}
+
+#[test]
+fn shared_unmerge_under_writer_and_remapper() {
+    explore(2, || unmerge_and_writer(Kind::Shared));
+}
+
+#[test]
+fn private_unmerge_under_writer_and_remapper() {
+    explore(2, || unmerge_and_writer(Kind::Private));
+}
+
+#[test]
+fn shared_leave_under_writer_and_remapper() {
+    explore(2, || leave_and_writer(Kind::Shared));
+}
+
+#[test]
+fn private_leave_under_writer_and_remapper() {
+    explore(2, || leave_and_writer(Kind::Private));
+}
+
+#[test]
+fn old_evidence_changes_nothing() {
+    explore(4, stale_evidence);
+}
+
+#[test]
+fn breaks_succeed_at_the_mapping_limit() {
+    explore(3, at_the_mapping_limit);
+}
+
+#[test]
+fn an_object_mapped_elsewhere_keeps_its_home() {
+    explore(3, not_alone);
+}
+
+#[test]
+fn detached_pages_come_home_under_a_writer() {
+    explore(4, homecoming);
+}
+
+#[test]
+fn a_slow_handler_leaves_no_page_read_only() {
+    explore(4, || slow_handler(Kind::Shared));
+    explore(4, || slow_handler(Kind::Private));
+}

@@ -1,0 +1,96 @@
+"""Gives every test a runtime directory, hence a broker, of its own, and looks for what it left behind.
+
+A leak is a failure of the test that made it: descriptors, threads, processes, files in /dev/shm, memory objects that are still
+mapped. Never sleeps until something probably happened; never kills by name.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import signal
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import children
+import ksmrs
+
+KEPT = {"ksmrs-table": 1, "ksmrs-staging": 1, "ksmrs-life": 2}
+"""What a process that used ksmrs keeps mapped to its end, at most; the client's threads stay as well."""
+
+
+def links(folder: Path) -> list[str]:
+    found = []
+    for entry in folder.iterdir():
+        try:
+            found.append(os.readlink(entry))
+        except OSError:
+            continue  # it was the one that lists the folder
+    return found
+
+
+def descriptors() -> Counter[str]:
+    """What the program's own descriptors lead to."""
+    return Counter(links(Path("/proc/self/fd")))
+
+
+def ksmrs_objects() -> Counter[str]:
+    """Mappings of ksmrs's memory objects by name, and what only the client's threads hold open."""
+    mapped = Counter(re.findall(r"/memfd:(ksmrs-?\w*)", Path("/proc/self/maps").read_text()))
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().startswith("ksmrs-"):
+            for link in links(task / "fd"):
+                name = re.search(r"memfd:(ksmrs-?\w*)|(socket|userfaultfd)", link)
+                if name is not None and (name[1] or name[2]) not in KEPT:
+                    mapped[f"descriptor {link}"] += 1
+    return mapped
+
+
+def nothing_left() -> bool:
+    return all(count <= KEPT.get(name, 0) for name, count in ksmrs_objects().items())
+
+
+def shared_memory() -> set[str]:
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+@pytest.fixture(autouse=True)
+def runtime_dir(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The test's own runtime directory; everything that it starts inherits it."""
+    gc.collect()
+    before = descriptors()
+    files = shared_memory()
+    threads = threading.active_count()
+    with tempfile.TemporaryDirectory(prefix="ksmrs-test-") as directory:
+        path = Path(directory)
+        monkeypatch.setenv("KSMRS_RUNTIME_DIR", str(path))
+        monkeypatch.setenv("KSMRS_IDLE_SECONDS", "30")
+        yield path
+        gc.collect()
+        ksmrs.disconnect()
+        children.kill_brokers(path, signal.SIGTERM)
+        left = children.processes_in(path)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert not left, f"processes left behind: {left}"
+    assert threading.active_count() == threads
+    assert shared_memory() - files == set(), "files left in /dev/shm"
+    try:
+        children.wait_for(nothing_left, "the end of all of ksmrs's objects", 10)
+    except AssertionError as left_over:
+        raise AssertionError(f"left mapped or open: {ksmrs_objects()}") from left_over
+    opened = descriptors() - before
+    assert not opened, f"descriptors left open: {opened}"
+
+
+@pytest.fixture(params=[False, True], ids=["private", "shared"])
+def shared(request: pytest.FixtureRequest) -> bool:
+    """Both kinds of region."""
+    return bool(request.param)

@@ -1,0 +1,199 @@
+"""Directed scenes for the mutants that a random oracle meets too rarely: each leads straight to where one of them errs.
+
+Expected contents are kept outside of the regions, as in the oracle. Run by test_mutants in the build with mutants, with the
+failpoints that the scene names; without a mutant every scene passes.
+
+    python tests/scenes.py SCENE
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ksmrs
+
+PAGE = 4096
+PAGES = 256
+
+
+CHILDREN: list[int] = []
+"""Forked and not waited for: they end with the scene."""
+
+
+class Wrong(Exception):
+    """A byte is not what was written."""
+
+
+def content(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, PAGES * PAGE, np.uint8)
+
+
+def check(array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, np.dtype[np.uint8]], who: str) -> None:
+    if not (array == expected).all():
+        page = int(np.flatnonzero(array != expected)[0]) // PAGE
+        raise Wrong(f"{who}: page {page} holds other bytes than were written")
+
+
+def merged(*arrays: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """Ask for merging until it is done."""
+    for _ in range(20):
+        ksmrs.merge(10)
+        if ksmrs.process_stats().ksm_merging_pages >= PAGES * len(arrays):
+            return
+    raise SystemExit(f"the scene does not merge: {ksmrs.stats()}")
+
+
+def child(array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int]:
+    """Fork a child that compares what it inherited when it is told to; its process, and the descriptor to tell it with."""
+    ready, go = os.pipe(), os.pipe()
+    process = os.fork()
+    if process == 0:
+        os.write(ready[1], b".")
+        os.read(go[0], 1)
+        os._exit(0 if (array == expected).all() else 1)
+    CHILDREN.append(process)
+    os.read(ready[0], 1)
+    return process, go[1]
+
+
+def ended(one: tuple[int, int]) -> None:
+    """Tell a child to compare, and wait for its verdict."""
+    os.write(one[1], b".")
+    CHILDREN.remove(one[0])
+    if os.waitpid(one[0], 0)[1]:
+        raise Wrong("a child shows other bytes than it inherited")
+
+
+def children_show_frames() -> None:
+    """Two children, forked in different epochs, go on showing frames that their parent gives up; the older one ends first."""
+    expected = content(1)
+    arrays = [ksmrs.array(expected), ksmrs.array(expected)]
+    others = [ksmrs.array(content(2)), ksmrs.array(content(2))]
+    merged(*arrays, *others)
+    older = child(arrays[0], expected)
+    for seed, array in enumerate(others, 3):
+        array[:] = content(seed)
+    for _ in range(4):
+        ksmrs.merge(10)
+    younger = child(arrays[0], expected)
+    for seed, array in enumerate(arrays, 5):
+        array[:] = content(seed)
+    for _ in range(4):
+        ksmrs.merge(10)
+    ended(older)
+    # The broker notices within its next look at the life pages; then it may free what the older child kept, and no more.
+    for _ in range(20):
+        ksmrs.merge(10)
+        time.sleep(0.1)
+    ended(younger)
+
+
+def late_answer() -> None:
+    """A client answers a proposal long after the broker stopped waiting, and maps what it was offered."""
+    expected = content(1)
+    arrays = [ksmrs.array(expected), ksmrs.array(expected)]
+    merged(*arrays)
+    victim = subprocess.Popen(
+        [sys.executable, __file__, "late-answer-victim"],
+        env={**os.environ, "KSMRS_FAILPOINTS": "merge-committing=delay:9000000"},
+    )
+    # The victim is in the middle of its merge as soon as its pages say so; it tells through a file.
+    mark = Path(os.environ["KSMRS_RUNTIME_DIR"], "committing")
+    until = time.monotonic() + 60
+    while not mark.exists():
+        if victim.poll() is not None or time.monotonic() > until:
+            raise SystemExit("the victim did not come as far as a merge")
+        time.sleep(0.01)
+    began = time.monotonic()
+    while time.monotonic() - began < 6:
+        # The broker gives up on a client after five seconds.
+        ksmrs.merge(1)
+    for seed, array in enumerate(arrays, 2):
+        array[:] = content(seed)
+    for _ in range(4):
+        ksmrs.merge(1)
+    if victim.wait(60):
+        raise Wrong("the victim mapped a frame that was no longer its own")
+
+
+def late_answer_victim() -> None:
+    expected = content(1)
+    array = ksmrs.array(expected)
+    region = array.base
+    while region is not None and not isinstance(region, ksmrs.Region):
+        region = region.obj if isinstance(region, memoryview) else region.base
+    if region is None:
+        raise SystemExit("no region below the array")
+    thread = threading.Thread(target=ksmrs.merge, args=(20,))
+    thread.start()
+    until = time.monotonic() + 30
+    while ksmrs.PageState.COMMITTING not in region.page_states():
+        if time.monotonic() > until:
+            raise SystemExit("nothing was proposed")
+        time.sleep(0.005)
+    Path(os.environ["KSMRS_RUNTIME_DIR"], "committing").touch()
+    while ksmrs.PageState.COMMITTING in region.page_states():
+        check(array, expected, "victim, meanwhile")
+        time.sleep(0.05)
+    check(array, expected, "victim")
+    thread.join()
+    check(array, expected, "victim, at last")
+
+
+def writer_in_the_freeze(seconds: float = 25) -> None:
+    """A writer keeps hitting pages that are frozen, compared and mapped."""
+    expected = content(1)
+    mine, twin = ksmrs.array(expected), ksmrs.array(expected)
+    stop = threading.Event()
+
+    def merging() -> None:
+        while not stop.is_set():
+            ksmrs.merge(5)
+
+    thread = threading.Thread(target=merging, daemon=True)
+    thread.start()
+    until = time.monotonic() + seconds
+    value = 0
+    while time.monotonic() < until:
+        for page in (0, 100, 200):
+            at = page * PAGE + 7
+            value = value % 255 + 1
+            old = expected[at]
+            new = (int(old) + value) % 256
+            mine[at] = new
+            time.sleep(0.0005)
+            if mine[at] != new:
+                raise Wrong(f"page {page}: {mine[at]}, not {new}")
+            mine[at] = old
+            time.sleep(0.001)
+            if mine[at] != old:
+                raise Wrong(f"page {page}: {mine[at]}, not {old}")
+    stop.set()
+    thread.join()
+    check(mine, expected, "writer")
+    check(twin, expected, "twin")
+
+
+SCENES = {
+    "children-show-frames": children_show_frames,
+    "late-answer": late_answer,
+    "late-answer-victim": late_answer_victim,
+    "writer-in-the-freeze": writer_in_the_freeze,
+}
+
+if __name__ == "__main__":
+    signal.alarm(110)
+    try:
+        SCENES[sys.argv[1]]()
+    finally:
+        for process in CHILDREN:
+            os.kill(process, signal.SIGKILL)

@@ -1,0 +1,241 @@
+"""What else a program does while its pages are merged: forks, signals, closed descriptors, stops, too many mappings."""
+
+from __future__ import annotations
+
+import os
+import signal
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import ksmrs
+from children import Child, run, wait_for
+
+MERGED = """
+regions, contents = equal_regions(256, {shared})
+wait_merged(512, *regions)
+arrays = [region.array(np.uint8, contents.size) for region in regions]
+"""
+
+
+def hazard(program: str, shared: bool, returncode: int = 0, seconds: float = 120) -> str:
+    program = MERGED.format(shared=shared) + textwrap.dedent(program)
+    return run(program, returncode=returncode, seconds=seconds)
+
+
+def test_forks_in_which_both_sides_write(shared: bool) -> None:
+    hazard(
+        """
+        for turn in range(30):
+            child = os.fork()
+            if child == 0:
+                ok = (arrays[0] == contents).all()
+                arrays[0][turn * 4096] ^= 0xFF
+                expected = contents.copy(); expected[turn * 4096] ^= 0xFF
+                ok = ok and (arrays[0] == expected).all()
+                os._exit(0 if ok else 9)
+            page = (turn + 100) * 4096
+            arrays[1][page] ^= 0xFF
+            arrays[1][page] ^= 0xFF
+            assert os.waitpid(child, 0)[1] == 0, turn
+            if {shared}:
+                arrays[0][turn * 4096] = contents[turn * 4096]
+            assert all((array == contents).all() for array in arrays), turn
+            ksmrs.merge(2)
+        """.replace("{shared}", str(shared)),
+        shared,
+    )
+
+
+def test_fork_storm_with_writing_threads(shared: bool) -> None:
+    hazard(
+        """
+        stop = threading.Event()
+        def write(array, step):
+            value = 0
+            while not stop.is_set():
+                value = (value + 1) % 256
+                array[step::4096] = value
+                assert (array[step::4096] == value).all()
+        threads = [threading.Thread(target=write, args=(arrays[0], step)) for step in (1, 2)]
+        for thread in threads: thread.start()
+        for turn in range(100):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if (arrays[1] == contents).all() else 9)
+            assert os.waitpid(child, 0)[1] == 0
+        stop.set()
+        for thread in threads: thread.join()
+        assert (arrays[1] == contents).all()
+        """,
+        shared,
+    )
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the number of the system call is that of x86-64")
+def test_a_raw_clone_that_no_fork_handler_saw(shared: bool) -> None:
+    hazard(
+        """
+        import ctypes
+        # PyDLL keeps the GIL, so that the child has it: it has one thread, and no handler told it that it is a child.
+        clone = ctypes.PyDLL(None).syscall
+        for turn in range(20):
+            child = clone(56, int(signal.SIGCHLD), 0, 0, 0, 0)
+            if child == 0:
+                ok = all((array == contents).all() for array in arrays)
+                for array in arrays:
+                    array[turn * 4096] ^= 0xFF
+                    ok = ok and array[turn * 4096] == contents[turn * 4096] ^ 0xFF
+                    array[turn * 4096] ^= 0xFF
+                ok = ok and all((array == contents).all() for array in arrays)
+                os._exit(0 if ok else 9)
+            page = (turn + 100) * 4096
+            arrays[1][page] ^= 0xFF
+            arrays[1][page] ^= 0xFF
+            assert os.waitpid(child, 0)[1] == 0, turn
+            assert all((array == contents).all() for array in arrays), turn
+            wait_merged(512, *regions)
+        """,
+        shared,
+    )
+
+
+def test_subprocess_storm(shared: bool) -> None:
+    hazard(
+        """
+        for turn in range(60):
+            assert subprocess.run(["true"]).returncode == 0
+            arrays[turn % 2][turn * 4096] ^= 0xFF
+            arrays[turn % 2][turn * 4096] ^= 0xFF
+        assert all((array == contents).all() for array in arrays)
+        """,
+        shared,
+    )
+
+
+def test_all_descriptors_closed_under_us(shared: bool) -> None:
+    hazard(
+        """
+        os.closerange(3, 65536)
+        strangers = [os.open("/dev/zero", os.O_RDONLY) for _ in range(64)]
+        for array in arrays:
+            array[:] = array ^ 0xFF
+        assert all((array == contents ^ 0xFF).all() for array in arrays)
+        wait_merged(512, *regions)
+        assert all((array == contents ^ 0xFF).all() for array in arrays)
+        """,
+        shared,
+    )
+
+
+def test_a_signal_handler_writes_merged_memory(shared: bool) -> None:
+    hazard(
+        """
+        import itertools
+        page = itertools.count()
+        def on_alarm(number, frame):
+            arrays[0][next(page) % 256 * 4096 + 5] = 77
+        signal.signal(signal.SIGALRM, on_alarm)
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        for turn in range(256):
+            arrays[0][turn * 4096 + 9] = 78
+            ksmrs.merge(0.01)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        expected = contents.copy(); expected[9::4096] = 78
+        touched = arrays[0][5::4096] == 77
+        assert touched.sum() == min(next(page), 256)
+        expected[5::4096] = arrays[0][5::4096]
+        assert (arrays[0] == expected).all() and (arrays[1] == contents).all()
+        """,
+        shared,
+    )
+
+
+def test_at_the_mapping_limit_every_write_succeeds(shared: bool) -> None:
+    hazard(
+        """
+        import ctypes, mmap
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        limit = int(open("/proc/sys/vm/max_map_count").read())
+        base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
+        assert base != ctypes.c_void_p(-1).value
+        flags = np.empty(contents.shape, bool)  # NumPy must not need a mapping while there is none
+        count = 0
+        while libc.mprotect(base + count * 8192, 4096, 1) == 0:
+            count += 1
+            assert count < limit + 1000
+        for page in range(0, 256, 2):
+            arrays[0][page * 4096] ^= 0xFF
+        for page in range(0, 256, 2):
+            arrays[0][page * 4096] ^= 0xFF
+        assert all(np.equal(array, contents, out=flags).all() for array in arrays)
+        libc.mprotect(base, (limit + 1000) * 8192, 0)
+        wait_merged(512, *regions)
+        assert all((array == contents).all() for array in arrays)
+        """,
+        shared,
+        seconds=240,
+    )
+
+
+def test_a_stopped_client_and_its_proposals(shared: bool) -> None:
+    """A client is stopped while it merges; others go on; when it wakes nothing is wrong."""
+    program = (
+        MERGED.format(shared=shared)
+        + """
+print("ready", flush=True)
+for line in sys.stdin:
+    for array in arrays:
+        array[::4096] = int(line) % 256
+        contents[::4096] = int(line) % 256
+    ksmrs.merge(2)
+    print(all((array == contents).all() for array in arrays), flush=True)
+"""
+    )
+    with Child(program) as stopped, Child(program) as running:
+        stopped.line()
+        running.line()
+        for turn in range(10):
+            stopped.tell(str(turn))
+            os.kill(stopped.pid, signal.SIGSTOP)
+            wait_for(lambda: " T " in Path(f"/proc/{stopped.pid}/stat").read_text().rpartition(")")[2], "the stop")
+            running.tell(str(turn + 1))
+            assert running.line() == "True"
+            os.kill(stopped.pid, signal.SIGCONT)
+            assert stopped.line() == "True"
+        for child in (stopped, running):
+            child.end_of_input()
+            child.end()
+
+
+def test_a_killed_client_leaves_nothing(shared: bool) -> None:
+    with Child(MERGED.format(shared=shared) + "\nprint('ready', flush=True); time.sleep(600)") as child:
+        child.line()
+        assert ksmrs.stats().frames > 0
+        child.kill()
+        wait_for(lambda: ksmrs.stats().frames == 0, "the release of the frames of a killed client")
+        wait_for(lambda: ksmrs.stats().clients <= 1, "the end of a killed client")
+
+
+def test_at_exit_threads_still_write(shared: bool) -> None:
+    """Daemon threads write merged memory while the interpreter ends: no crash, exit status 0."""
+    hazard(
+        """
+        def write():
+            while True:
+                for page in range(256):
+                    arrays[0][page * 4096] += 1
+        for _ in range(2):
+            threading.Thread(target=write, daemon=True).start()
+        """,
+        shared,
+    )
+
+
+@pytest.mark.parametrize("how", ["os._exit(0)", "sys.exit(0)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_every_way_to_end(shared: bool, how: str) -> None:
+    hazard(how, shared, returncode=-signal.SIGTERM if "SIGTERM" in how else 0)
