@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksmrs import _ksmrs, _launch
+from ksmrs import _adopt, _ksmrs, _launch
 from ksmrs._errors import ArgumentError
 
 Counters = TypeVar("Counters")
@@ -89,6 +89,10 @@ class ProcessStats:
     breaks: int = 0
     """Merged pages of this process that were given memory of their own again by ksmrs, ever; the kernel's own copies, in
     private regions, are in `Stats.cow_ksm`."""
+    adopted_bytes: int = 0
+    """Memory that this program made and opted in."""
+    out_of_phase_bytes: int = 0
+    """How much of it belongs to buffers that begin within a page; it merges only with buffers that begin likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,7 +145,9 @@ def stats() -> Stats:
 
 def process_stats() -> ProcessStats:
     """Return the counters of this process; never starts a broker."""
-    return _counters(ProcessStats, _ksmrs.process_stats())
+    adopted, out_of_phase = _adopt.bytes_now()
+    own = {"adopted_bytes": adopted, "out_of_phase_bytes": out_of_phase}
+    return _counters(ProcessStats, _ksmrs.process_stats() | own)
 
 
 def _counters(kind: type[Counters], values: dict[str, Any]) -> Counters:

@@ -7,8 +7,10 @@ from typing_extensions import disjoint_base
 __all__ = [
     "MAX_NBYTES",
     "PAGE_SIZE",
+    "Adopted",
     "Pin",
     "Region",
+    "adopt",
     "advise",
     "configure",
     "connect",
@@ -20,6 +22,7 @@ __all__ = [
     "pin",
     "process_stats",
     "reassert_handler",
+    "regions_touching",
     "run_broker",
     "set",
     "stats",
@@ -53,11 +56,33 @@ class Region:
         """Unmerge everything and take the memory out of ksmrs; it stays mapped while anybody can see it."""
 
 @final
+class Adopted:
+    @property
+    def address(self) -> int:
+        """Address of the first byte, a multiple of the page size."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes, whole pages."""
+    @property
+    def unadvised(self) -> bool:
+        """Whether every page of it was opted out."""
+    def page_states(self) -> bytes:
+        """Return one byte per page: its state, as in `ksmrs.PageState`."""
+    def give_back(self) -> None:
+        """Make it the plain memory that it was, with its bytes; once more does nothing."""
+    def abandon(self) -> None:
+        """Let go of memory that is being freed, without copying its bytes; once more does nothing."""
+    def retire(self) -> None:
+        """No thread of ksmrs touches it from now on; it stays as it is. For the end of the interpreter."""
+
+@final
 class Pin:
     def release(self) -> None:
         """Let the pages go; once more does nothing."""
 
 def extent(buffer: Any) -> tuple[int, int]: ...
+def adopt(address: int, nbytes: int) -> Adopted: ...
+def regions_touching(address: int, nbytes: int) -> list[tuple[int, int, bool]]: ...
 def advise(address: int, nbytes: int, mergeable: bool) -> None: ...
 def pin(address: int, nbytes: int) -> Pin: ...
 def configure(

@@ -1,17 +1,19 @@
 //! Python's buffer protocol, both ways: regions export their bytes, and other objects tell where theirs are.
 //!
 //! The one file of this crate that speaks CPython's C interface. Relies on [`crate::region::Region`] for memory that outlives
-//! its exports: every export holds a reference to the Python object, which holds the mapping. Never reads or writes the
-//! memory itself, and never makes a slice of it.
+//! its exports: every export holds a reference to the Python object, which holds the mapping. Also adopts memory that such
+//! objects own. Never reads or writes the memory itself, and never makes a slice of it.
 
 use std::ffi::c_int;
 use std::ptr;
 
+use ksmrs_broker::client::{self, Foreign};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::error;
+use crate::adopted::Adopted;
+use crate::error::{self, IntoPython};
 use crate::region::Region;
 
 #[pymethods]
@@ -50,6 +52,21 @@ impl Region {
     unsafe fn __releasebuffer__(&self, _view: *mut ffi::Py_buffer) {
         self.export_ended();
     }
+}
+
+/// Opts in private memory that the program made: whole pages, in place. `_adopt.py` holds whatever the memory belongs to before it
+/// calls this, and until the answer has been given back or abandoned.
+#[pyfunction]
+#[allow(unsafe_code)]
+pub fn adopt(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Adopted> {
+    let adopted = py.detach(|| {
+        // SAFETY: the caller holds an export of the buffer, or a weak reference to an array that owns it and tells before it is
+        // freed: neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
+        // back (mprotect, mremap through ctypes) cannot be excluded; the documentation of `madvise` names it.
+        let foreign = unsafe { Foreign::private(address..address + nbytes) }?;
+        client::Region::adopt(foreign)
+    });
+    Ok(Adopted::new(adopted.into_python(py)?))
 }
 
 /// Where the bytes of any object with the buffer protocol are: first address and length, strides of either sign included.

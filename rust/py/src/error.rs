@@ -3,7 +3,7 @@
 //! The classes live in `ksmrs._errors`, since an exception with two bases is easier said in Python; they are looked up by
 //! name when one is raised. Never loses the number or the next step that the Rust error names.
 
-use ksmrs_broker::client::Error;
+use ksmrs_broker::client::{Error, SysError};
 use ksmrs_broker::wire::ErrorCode;
 use pyo3::call::PyCallArgs;
 use pyo3::exceptions::PyBufferError;
@@ -64,6 +64,7 @@ pub fn from_client(py: Python<'_>, refused: Error) -> PyErr {
         return raised(py, "SystemCallError", (errno, text));
     }
     let class = match refused {
+        Error::System(SysError::Unfit { .. }) => "ForeignMemoryError",
         Error::Size { .. } | Error::Range { .. } => "ArgumentError",
         Error::Refused {
             code: ErrorCode::InvalidValue,

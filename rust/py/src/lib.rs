@@ -4,6 +4,7 @@
 //! alone.
 #![deny(unsafe_code)]
 
+mod adopted;
 mod buffer;
 mod engine;
 mod error;
@@ -39,7 +40,9 @@ mod _ksmrs {
     }
 
     #[pymodule_export]
-    use super::buffer::extent;
+    use super::adopted::{Adopted, regions_touching};
+    #[pymodule_export]
+    use super::buffer::{adopt, extent};
     #[pymodule_export]
     use super::engine::{
         configure, connect, disconnect, get, is_connected, merge, process_stats, reassert_handler, run_broker, set,

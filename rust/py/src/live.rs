@@ -58,9 +58,14 @@ impl Memory {
 impl Drop for Memory {
     /// Runs before the region's own drop unmaps the range, so that no newer region can be at this address yet.
     fn drop(&mut self) {
-        LIVE.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.region.address());
+        let mut live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+        // Adopted memory may have been given back and adopted again meanwhile: that entry is another's.
+        if live
+            .get(&self.region.address())
+            .is_some_and(|entry| entry.strong_count() == 0)
+        {
+            live.remove(&self.region.address());
+        }
     }
 }
 
@@ -86,6 +91,19 @@ impl Within {
     pub fn touched_pages(&self) -> Range<usize> {
         self.bytes.start / PAGE_SIZE..self.bytes.end.div_ceil(PAGE_SIZE)
     }
+}
+
+/// The open regions that a range touches, in order.
+pub fn touching(address: usize, nbytes: usize) -> Vec<Arc<Memory>> {
+    let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let end = address.saturating_add(nbytes);
+    let before = live.range(..address).next_back();
+    before
+        .into_iter()
+        .chain(live.range(address..end))
+        .filter_map(|(_, memory)| memory.upgrade())
+        .filter(|memory| !memory.is_closed() && memory.region.address() + memory.region.len() > address)
+        .collect()
 }
 
 /// Finds the live, open region that a range lies in.

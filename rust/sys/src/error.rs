@@ -46,6 +46,14 @@ pub enum SysError {
         /// Pages that the whole table holds.
         capacity: u32,
     },
+    /// Memory that a program made cannot take part.
+    #[error("{mapping} cannot take part in merging: {reason}")]
+    Unfit {
+        /// The mapping, with its addresses, permissions and path.
+        mapping: String,
+        /// What forbids it, and what to do about it.
+        reason: &'static str,
+    },
     /// A datagram broke the rules of the socket: cut off, too many descriptors, a stranger's control message.
     #[error("malformed datagram: {reason}")]
     Datagram {
@@ -69,7 +77,7 @@ impl SysError {
             SysError::Call { errno, .. } | SysError::NoRoom { errno, .. } => Some(errno.raw_os_error()),
             SysError::TableFull { .. } => Some(Errno::NOSPC.raw_os_error()),
             SysError::Closed => Some(Errno::PIPE.raw_os_error()),
-            SysError::Vetting { .. } | SysError::Datagram { .. } => None,
+            SysError::Vetting { .. } | SysError::Datagram { .. } | SysError::Unfit { .. } => None,
         }
     }
 

@@ -11,6 +11,8 @@ pub(crate) struct Holds {
     pub(crate) unadvised: Vec<Range<u32>>,
     /// Pinned, once per pin.
     pub(crate) pins: Vec<Range<u32>>,
+    /// The region is ending: nothing is opted in any more.
+    pub(crate) leaving: bool,
 }
 
 /// Adds a range to ranges that neither overlap nor are out of order, and keeps them so.

@@ -11,6 +11,7 @@
 //! ```
 
 use crate::error::SysError;
+use crate::foreign::{Advised, Foreign};
 use crate::object::{self, EXTENT_SIZE, PAGE_SIZE};
 use crate::protocol::{Access, Kind, Memory, Page, Span};
 use crate::staging::Staging;
@@ -273,6 +274,8 @@ unsafe fn map_anonymous(start: *mut c_void, bytes: usize, access: ProtFlags) -> 
 #[derive(Debug)]
 pub(crate) struct Mapping {
     view: View,
+    /// How adopted memory was advised; `None` for memory of our own making.
+    advised: Option<Vec<Advised>>,
 }
 
 impl Mapping {
@@ -321,7 +324,59 @@ impl Mapping {
             view.home = home.expose_provenance();
         }
         area.keep();
-        Ok(Mapping { view })
+        Ok(Mapping { view, advised: None })
+    }
+
+    /// Takes charge of memory that the program made. Nothing is changed yet.
+    pub(crate) fn adopt(foreign: Foreign) -> Mapping {
+        Mapping {
+            view: View {
+                base: foreign.address,
+                home: 0,
+                scratch: 0,
+                pages: foreign.pages,
+                kind: Kind::Private,
+                huge: foreign.huge || transparent_huge_pages_always(),
+            },
+            advised: Some(foreign.advised),
+        }
+    }
+
+    /// Whether the memory is the program's own, to be given back and never unmapped.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.advised.is_some()
+    }
+
+    /// Gives adopted memory its advice again, for what was mapped anew in it; `base` is the region's address or that of an area as long.
+    fn advise_again(&self, base: usize) {
+        for Advised { bytes, advice } in self.advised.iter().flatten() {
+            let start = ptr::with_exposed_provenance_mut::<c_void>(base + bytes.start);
+            // SAFETY: a range of the region or of its scratch area; such advice changes no byte. A kernel that declines (no huge
+            // pages, say) declined the first time too.
+            let _ = unsafe { rustix::mm::madvise(start, bytes.len(), *advice) };
+        }
+    }
+
+    /// Gives adopted memory back as its owner made it: it has left, and every page is plain.
+    pub(crate) fn give_back(&self) {
+        self.advise_again(self.view.base);
+    }
+
+    /// Maps fresh memory over all of an adopted region that its owner is about to free.
+    pub(crate) fn abandon(&self) {
+        let (start, bytes) = (ptr::with_exposed_provenance_mut(self.view.base), self.view.bytes());
+        const TRIES: u32 = 100;
+        for _ in 0..TRIES {
+            // SAFETY: the region's whole range, which its owner keeps mapped, and whose contents nobody wants any more; all its words
+            // are owned. Whole, so that at the mapping limit no mapping is split but those at the ends.
+            if unsafe { map_anonymous(start, bytes, READ_WRITE) }.is_ok() {
+                break;
+            }
+            if !ballast::give_up() {
+                signal::nap();
+            }
+        }
+        self.give_back();
     }
 
     /// The description that the protocol acts on.
@@ -343,11 +398,11 @@ impl Mapping {
             return leave(self.view);
         }
         let bytes = self.view.bytes();
-        // SAFETY: fresh memory where the kernel likes. NORESERVE: only as much of it is used as gets moved over the region.
-        let scratch = unsafe {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            rustix::mm::mmap_anonymous(ptr::null_mut(), bytes, READ_WRITE, flags)
-        }?;
+        // SAFETY: fresh memory where the kernel likes. Accounted, as what it replaces was, unless the kernel has not so much to
+        // promise: only as much of it is used as gets moved over the region.
+        let map = |flags| unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), bytes, READ_WRITE, flags) };
+        let scratch = map(MapFlags::PRIVATE).or_else(|_| map(MapFlags::PRIVATE | MapFlags::NORESERVE))?;
+        self.advise_again(scratch.expose_provenance());
         let done = leave(self.view.with_scratch(scratch.expose_provenance()));
         // SAFETY: mapped above; what was moved out of it left its range mapped (DONTUNMAP), so all of it is still ours.
         let _ = unsafe { rustix::mm::munmap(scratch, bytes) };

@@ -5,12 +5,13 @@
 //! merges, and no lock is held while a fork waits.
 
 use crate::error::SysError;
+use crate::foreign::Foreign;
 use crate::fork;
 use crate::gate::Pass;
 use crate::holds::{Holds, insert_range, remove_range};
 use crate::mapping::{Mapping, View};
 use crate::page_table::ClientTable;
-use crate::protocol::{self, Claims, Kind, MergeRun, Page, Span, Verdict, Words};
+use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
 use crate::staging::Staging;
@@ -52,14 +53,39 @@ impl Region {
     /// # Errors
     /// No memory, no room in the table, or a child that has not begun its own life.
     pub fn create(table: &'static ClientTable, pages: u32, kind: Kind) -> Result<Region, SysError> {
-        let errno = rustix::io::Errno::PERM;
-        let era = fork::era().ok_or(SysError::Call {
-            call: "fork",
-            what: "unregistered child",
-            errno,
-        })?;
-        let mapping = Mapping::create(pages, kind)?;
-        let first_word = table.take(pages)?;
+        let era = era()?;
+        Region::over(table, Mapping::create(pages, kind)?, era)
+    }
+
+    /// Memory that the program made, in place: its bytes, addresses and views stay as they are. It stays the program's: closing the
+    /// region leaves it plain, with its bytes. Otherwise as [`Region::create`].
+    ///
+    /// # Errors
+    /// No room in the table, a child that has not begun its own life, or pages that are in a region already.
+    pub fn adopt(table: &'static ClientTable, foreign: Foreign) -> Result<Region, SysError> {
+        let era = era()?;
+        let mapping = Mapping::adopt(foreign);
+        if registry::overlaps(&mapping.view()) {
+            let view = mapping.view();
+            return Err(SysError::Unfit {
+                mapping: format!("{:#x}-{:#x}", view.base(), view.base() + view.bytes()),
+                reason: "part of it is in a region already",
+            });
+        }
+        Region::over(table, mapping, era)
+    }
+
+    fn over(table: &'static ClientTable, mapping: Mapping, era: u32) -> Result<Region, SysError> {
+        let pages = mapping.view().pages();
+        let first_word = match table.take(pages) {
+            Ok(first_word) => first_word,
+            Err(full) => {
+                if !mapping.is_adopted() {
+                    mapping.unmap();
+                }
+                return Err(full);
+            }
+        };
         let words = RegionWords::new(&table.words()[first_word as usize..(first_word + pages) as usize]);
         let view = mapping.view();
         registry::add(Area { view, words, era });
@@ -88,7 +114,6 @@ impl Region {
 
     /// Private or shared.
     pub fn kind(&self) -> Kind {
-        use crate::protocol::Memory;
         self.view.kind()
     }
 
@@ -241,9 +266,25 @@ impl Region {
             });
         }
         let mut holds = self.holds();
+        if holds.leaving {
+            return Err(SysError::Closed);
+        }
         remove_range(&mut holds.unadvised, pages.clone());
         self.let_go(&holds, pages);
         Ok(())
+    }
+
+    /// Whether the program has opted all of it out.
+    pub fn is_unadvised(&self) -> bool {
+        let holds = self.holds();
+        let mut next = 0;
+        for range in &holds.unadvised {
+            if range.start != next {
+                return false;
+            }
+            next = range.end;
+        }
+        next == self.pages()
     }
 
     /// Like [`Region::unadvise`], counted: each pin needs its unpin.
@@ -299,7 +340,6 @@ impl Region {
     }
 
     fn copy_in_child(&self, span: Span) -> Result<(), rustix::io::Errno> {
-        use crate::protocol::{Access, Memory};
         self.view.protect(span, Access::ReadWrite)?;
         self.view.copy_own(span)
     }
@@ -378,9 +418,79 @@ impl Region {
             .map_err(SysError::call("mremap", "leaving region"))
     }
 
-    /// Abandons the memory: nothing is copied, everything is unmapped. Idempotent. Whoever closes it gives its slice of the table
-    /// back, once nobody can mistake its words for another region's.
+    /// Whether the program made the memory.
+    pub fn is_adopted(&self) -> bool {
+        self.mapping.is_adopted()
+    }
+
+    /// Ends an adopted region whose owner keeps the memory: plain, with its bytes and its advice, and ksmrs knows nothing of it
+    /// any more. Idempotent. The slice of the table is given back as after [`Region::close`].
+    ///
+    /// # Errors
+    /// No memory for the copies; then the region goes on, out of merging.
+    pub fn give_back(&self) -> Result<(), SysError> {
+        debug_assert!(self.is_adopted(), "regions of our own are closed");
+        if self.is_closed() {
+            return Ok(());
+        }
+        if !self.is_ours() {
+            self.end(|_| self.thaw_in_child());
+            return Ok(());
+        }
+        self.holds().leaving = true;
+        if let Err(error) = self.leave() {
+            self.holds().leaving = false;
+            return Err(error);
+        }
+        self.end(|_| self.mapping.give_back());
+        Ok(())
+    }
+
+    /// Neither remapper nor scanner touch the region any more; its pages stay as they are, and the fault handler serves them. For
+    /// the end of the program, which frees memory in its own order and tells nobody.
+    pub fn retire(&self) {
+        if self.is_ours() {
+            let _in_use = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
+            self.closed.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether it ended.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Ends the region: nothing is copied, memory of our own is unmapped; adopted memory, which its owner is freeing, is fresh if
+    /// any of it was merged. Idempotent. Whoever closes it gives its slice of the table back, once nobody can mistake its words
+    /// for another region's.
     pub fn close(&self) {
+        self.end(|plain| {
+            if !self.is_adopted() {
+                self.mapping.unmap();
+            } else if !self.is_ours() {
+                self.thaw_in_child();
+            } else if !plain {
+                self.mapping.abandon();
+            }
+        });
+    }
+
+    /// In an unregistered child, whose pages are the kernel's to copy: nothing was frozen when it was forked but for what a thaw
+    /// without room left behind.
+    fn thaw_in_child(&self) {
+        let _ = self.view.protect(self.whole(), Access::ReadWrite);
+    }
+
+    /// Whether no page shows, or lies over, a frame, and none is write-protected.
+    fn is_plain(&self) -> bool {
+        self.whole().iter().all(|page| {
+            let word = self.words.load(page);
+            word.frame().is_none() && word.state() != State::Frozen
+        })
+    }
+
+    /// Takes every page for good, lets the memory go (plain, or with frames in it, as it is), and forgets the region.
+    fn end(&self, let_go: impl FnOnce(bool)) {
         let ours = self.is_ours();
         let _in_use = ours.then(|| self.in_use.write().unwrap_or_else(PoisonError::into_inner));
         if self.closed.swap(true, Ordering::AcqRel) {
@@ -388,16 +498,18 @@ impl Region {
         }
         if !ours {
             // A child that is not registered: the words are its parent's.
-            registry::remove(self.address(), || self.mapping.unmap());
+            registry::remove(self.address(), || let_go(true));
             return;
         }
+        // Only handlers are at it now, and in private memory they map no frames.
+        let plain = self.is_plain();
         let _blocked = Blocked::new();
         {
             let _pass = Pass::enter();
             protocol::claim_all(&self.words, self.whole());
         }
         registry::remove(self.address(), || {
-            self.mapping.unmap();
+            let_go(plain);
             // Whoever writes to memory that is being closed waits for these words; let it run into its fault.
             for page in self.whole().iter() {
                 self.words.store(page, Word::PRIVATE.with_state(State::Held));
@@ -431,6 +543,21 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        self.close();
+        if self.is_adopted() {
+            // Its owner may still read it. Where there is no memory for the copies it stays as it is, words and frames included.
+            let _ = self.give_back();
+        } else {
+            self.close();
+        }
     }
+}
+
+/// This process's life, or why it has none.
+fn era() -> Result<u32, SysError> {
+    let errno = rustix::io::Errno::PERM;
+    fork::era().ok_or(SysError::Call {
+        call: "fork",
+        what: "unregistered child",
+        errno,
+    })
 }

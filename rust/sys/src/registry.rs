@@ -75,6 +75,17 @@ pub(crate) fn for_each(_writer: &MutexGuard<'static, ()>, mut each: impl FnMut(&
     }
 }
 
+/// Whether any page of a view is in a region that is known.
+pub(crate) fn overlaps(view: &View) -> bool {
+    let writer = lock();
+    let mut found = false;
+    for_each(&writer, |area| {
+        let other = &area.view;
+        found |= view.base() < other.base() + other.bytes() && other.base() < view.base() + view.bytes();
+    });
+    found
+}
+
 /// Makes a region known.
 pub(crate) fn add(area: Area) {
     publish(|areas| {

@@ -25,7 +25,7 @@ mod start;
 use crate::runtime_dir::RuntimeDirError;
 use crate::wire::{Answer, ErrorCode, Question, WireError};
 use ksmrs_sys::page_table::ClientTable;
-use ksmrs_sys::{SysError, fork, signal};
+use ksmrs_sys::{fork, signal};
 use mailbox::{Event, Mailbox};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -35,6 +35,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use crate::wire::{Counters, Kind, MergeReport, Status};
+pub use ksmrs_sys::SysError;
+pub use ksmrs_sys::foreign::Foreign;
 pub use region::Region;
 
 /// How often a waiting program thread looks whether it was interrupted (Ctrl-C).

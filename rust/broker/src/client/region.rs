@@ -3,16 +3,20 @@
 use super::mailbox::Event;
 use super::{Client, Error, Kind, client};
 use ksmrs_sys::PAGE_SIZE;
+use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::region::Region as Memory;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Memory that takes part in merging from its creation on. Dropping it unmaps it; nothing is copied then.
+/// Memory that takes part in merging. Dropping it unmaps memory of our own, without a copy, and gives adopted memory back.
 pub struct Region {
     memory: Arc<Memory>,
     client: &'static Client,
     nbytes: usize,
     kind: Kind,
+    /// Whether the remapper knows that it ended.
+    told: AtomicBool,
 }
 
 impl Region {
@@ -36,13 +40,67 @@ impl Region {
             Kind::Shared => ksmrs_sys::protocol::Kind::Shared,
         };
         let memory = Arc::new(Memory::create(client.table, pages, memory_kind)?);
+        Ok(Region::joined(memory, client, nbytes, kind))
+    }
+
+    /// Opts in memory that the program made, in place.
+    ///
+    /// # Errors
+    /// No room in the page table, or part of it is in a region already.
+    pub fn adopt(foreign: Foreign) -> Result<Arc<Region>, Error> {
+        let client = client()?;
+        let memory = Arc::new(Memory::adopt(client.table, foreign)?);
+        let nbytes = memory.pages() as usize * PAGE_SIZE;
+        Ok(Region::joined(memory, client, nbytes, Kind::Private))
+    }
+
+    fn joined(memory: Arc<Memory>, client: &'static Client, nbytes: usize, kind: Kind) -> Arc<Region> {
         client.mailbox.push(Event::Join(memory.clone()));
-        Ok(Arc::new(Region {
+        Arc::new(Region {
             memory,
             client,
             nbytes,
             kind,
-        }))
+            told: AtomicBool::new(false),
+        })
+    }
+
+    /// Whether the program made the memory.
+    pub fn is_adopted(&self) -> bool {
+        self.memory.is_adopted()
+    }
+
+    /// Whether the program has opted all of it out.
+    pub fn is_unadvised(&self) -> bool {
+        self.memory.is_unadvised()
+    }
+
+    /// Ends an adopted region: the memory is as its owner made it, with its bytes. Idempotent.
+    ///
+    /// # Errors
+    /// No memory for the copies; then it stays a region, out of merging.
+    pub fn give_back(&self) -> Result<(), Error> {
+        self.memory.give_back()?;
+        self.ended();
+        Ok(())
+    }
+
+    /// Ends an adopted region whose memory the owner is freeing: its bytes are lost. Idempotent.
+    pub fn abandon(&self) {
+        self.memory.close();
+        self.ended();
+    }
+
+    /// No thread of ours touches the memory any more, which stays as it is: the process is ending.
+    pub fn retire(&self) {
+        self.memory.retire();
+    }
+
+    /// Tells the remapper once that the region ended.
+    fn ended(&self) {
+        if self.memory.is_ours() && !self.told.swap(true, Ordering::AcqRel) {
+            self.client.mailbox.push(Event::Leave(self.memory.clone()));
+        }
     }
 
     /// Address of the first byte.
@@ -122,10 +180,13 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        let ours = self.memory.is_ours();
-        self.memory.close();
-        if ours {
-            self.client.mailbox.push(Event::Leave(self.memory.clone()));
+        if !self.memory.is_adopted() {
+            self.memory.close();
+        } else if self.memory.give_back().is_err() {
+            // Its owner may still read it: it stays a region for as long as there is no memory for the copies.
+            tracing::error!(address = self.memory.address(), "no memory to give adopted memory back");
+            return;
         }
+        self.ended();
     }
 }

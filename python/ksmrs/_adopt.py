@@ -1,0 +1,329 @@
+"""Memory that the program made: what holds it while it takes part, and when it is let go.
+
+Merging remaps addresses, so it may only touch memory that cannot be freed, moved or resized meanwhile. An ndarray that owns its
+data is watched through a weak reference, whose callback runs while the data is still there; everything else (mmap, bytearray,
+bytes, what a memoryview looks at) is held by a buffer export and let go once only ksmrs refers to it. Nothing here
+looks at page contents, and no client thread ever runs Python.
+"""
+
+from __future__ import annotations
+
+import array as _array
+import atexit
+import gc
+import mmap
+import os
+import sys
+import threading
+import weakref
+from typing import Any
+
+from ksmrs import _faulthandler, _ksmrs
+from ksmrs._errors import ArgumentError, ClosedRegionError, ForeignMemoryError, UnsupportedError
+from ksmrs._extent import extent
+
+PAGE_SIZE: int = _ksmrs.PAGE_SIZE
+MIN_BYTES = 64 * 1024
+"""Smaller buffers save less than their bookkeeping costs."""
+
+_PLAIN_TYPES = (bytes, bytearray, mmap.mmap, _array.array)
+"""Their end shows their bytes to nobody, so these need not be copied back for it."""
+
+_holds: dict[int, _Hold] = {}
+"""By the id of what is held, which lives as long as the hold."""
+_holder_of: dict[int, int] = {}
+"""The same id by the addresses of the regions."""
+
+
+class _Hold:
+    """Something that memory belongs to, and the regions that were made of it."""
+
+    def __init__(self) -> None:
+        self.regions: list[_ksmrs.Adopted] = []
+        self.bytes_out_of_phase = 0
+
+    def give_back(self) -> None:
+        for region in self.regions:
+            region.give_back()
+            _holder_of.pop(region.address, None)
+
+    def abandon(self) -> None:
+        for region in self.regions:
+            region.abandon()
+            _holder_of.pop(region.address, None)
+
+    def let_go(self) -> None:
+        """Stop holding; the regions have ended."""
+
+    def is_forgotten(self) -> bool:
+        """Whether only this refers to it."""
+        return False
+
+
+class _ArrayHold(_Hold):
+    """An ndarray that owns its data: watched, not held; the weak reference also keeps it from being resized."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__()
+        # Only an instance of a subclass can be seen again after its callback (a __del__ within a garbage collection).
+        exact = type(owner) is sys.modules["numpy"].ndarray
+        key = id(owner)
+        self.owner: Any = weakref.ref(owner, lambda _: _freed(key, exact))
+
+    def let_go(self) -> None:
+        self.owner = None
+
+
+class _ExportHold(_Hold):
+    """An object with a buffer: an export keeps it from being closed or resized."""
+
+    def __init__(self, exporter: Any) -> None:
+        super().__init__()
+        self.view: memoryview | None = memoryview(exporter)
+
+    def let_go(self) -> None:
+        if self.view is not None:
+            self.view.release()
+            self.view = None
+
+    def is_forgotten(self) -> bool:
+        return self.view is not None and sys.getrefcount(self.view.obj) <= _HELD_BY_EXPORT_ALONE
+
+    def leaves_bytes_to_nobody(self) -> bool:
+        """Whether its memory may be freed as it is; asked of what nobody else refers to."""
+        assert self.view is not None
+        return type(self.view.obj) in _PLAIN_TYPES and weakref.getweakrefcount(self.view.obj) == 0
+
+
+def _references_of_an_export() -> int:
+    view = memoryview(bytearray(1))
+    return sys.getrefcount(view.obj)
+
+
+_HELD_BY_EXPORT_ALONE = _references_of_an_export()
+
+
+def _freed(key: int, exact: bool) -> None:
+    """The array is about to be freed; its data is still there."""
+    hold = _holds.pop(key, None)
+    if hold is None:
+        return
+    try:
+        if exact:
+            hold.abandon()
+        else:
+            hold.give_back()
+    except Exception:
+        # No memory for copies of bytes that hardly anybody will look at; what must not be is a merged page in free memory.
+        hold.abandon()
+
+
+def collect() -> None:
+    """Let go of whatever only ksmrs refers to any more."""
+    for key, hold in list(_holds.items()):
+        if isinstance(hold, _ExportHold) and hold.is_forgotten() and _holds.pop(key, None) is hold:
+            if hold.leaves_bytes_to_nobody():
+                hold.abandon()
+            else:
+                hold.give_back()
+            hold.let_go()
+
+
+def _after_collection(phase: str, info: dict[str, int]) -> None:
+    # Looking at each hold in each young collection would make a program with many of them slow.
+    if phase == "stop" and (info["generation"] == 2 or len(_holds) <= 64):
+        collect()
+
+
+class _Process:
+    """What a forked child begins anew."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.ending = False
+
+
+_process = _Process()
+
+
+def _at_exit() -> None:
+    _process.ending = True
+    for hold in list(_holds.values()):
+        for region in hold.regions:
+            region.retire()
+
+
+def _install() -> None:
+    _faulthandler.install()
+    if _after_collection not in gc.callbacks:
+        gc.callbacks.append(_after_collection)
+        atexit.register(_at_exit)
+        os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]
+
+
+def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int) -> None:
+    """Opt in the whole pages of a range of `buffer`: in place where no region has them yet, else again."""
+    with _process.lock:
+        collect()
+        touching = _ksmrs.regions_touching(address, nbytes)
+        if len(touching) == 1 and touching[0][0] <= address and address + nbytes <= touching[0][0] + touching[0][1]:
+            _ksmrs.advise(address, nbytes, True)
+            return
+        for start, length, adopted in touching:
+            if not adopted and (address < start or address + nbytes > start + length):
+                raise ArgumentError(
+                    f"the {nbytes} bytes at {address:#x} reach beyond a region of ksmrs's own, {length} bytes at {start:#x}"
+                )
+        owner, kind = _owner_of(buffer, address, nbytes)
+        pages = _whole_pages(address, nbytes)
+        if pages is None:
+            raise _no_whole_page(address, nbytes)
+        if nbytes < min_bytes:
+            raise ArgumentError(
+                f"{nbytes} bytes are less than min_bytes, {min_bytes}: so little costs more than it saves"
+            )
+        if _process.ending:
+            raise UnsupportedError("the interpreter is ending: nothing is opted in any more")
+        _install()
+        key, hold = _held(owner, kind)
+        made: list[_ksmrs.Adopted] = []
+        try:
+            for start, end in _gaps(*pages, touching):
+                made.append(_ksmrs.adopt(start, end - start))
+        except BaseException:
+            for region in made:
+                region.give_back()
+            if not hold.regions:
+                _holds.pop(key, None)
+                hold.let_go()
+            raise
+        hold.regions += made
+        _holder_of.update((region.address, key) for region in made)
+        if address % PAGE_SIZE:
+            hold.bytes_out_of_phase += sum(region.nbytes for region in made)
+        for start, length, _ in touching:
+            low, high = max(start, pages[0]), min(start + length, pages[1])
+            if low < high:
+                _ksmrs.advise(low, high - low, True)
+
+
+def unadvise(address: int, nbytes: int) -> None:
+    """Opt the whole pages of a range out; what was adopted and is out as a whole becomes what it was."""
+    with _process.lock:
+        touching = _ksmrs.regions_touching(address, nbytes)
+        if not touching and _whole_pages(address, nbytes) is None:
+            raise _no_whole_page(address, nbytes)
+        if len(touching) == 1 and not touching[0][2]:
+            _ksmrs.advise(address, nbytes, False)
+            return
+        for start, length, adopted in touching:
+            part = _whole_pages(max(address, start), min(address + nbytes, start + length) - max(address, start))
+            if part is None:
+                continue
+            if part != (start, start + length):
+                _ksmrs.advise(part[0], part[1] - part[0], False)
+            if adopted:
+                _give_back(start, whole=part == (start, start + length))
+        collect()
+
+
+def _give_back(address: int, whole: bool) -> None:
+    """End the region at this address, if it is to end as a whole or no page of it takes part any more."""
+    key = _holder_of.get(address)
+    hold = _holds.get(key) if key is not None else None
+    if key is None or hold is None:
+        return
+    for region in hold.regions:
+        if region.address == address and (whole or region.unadvised):
+            region.give_back()
+            hold.regions.remove(region)
+            del _holder_of[address]
+            break
+    if not hold.regions:
+        _holds.pop(key, None)
+        hold.let_go()
+
+
+def _whole_pages(address: int, nbytes: int) -> tuple[int, int] | None:
+    """First byte of the first whole page of a range, and the byte after its last one."""
+    first, end = -(-address // PAGE_SIZE) * PAGE_SIZE, (address + nbytes) // PAGE_SIZE * PAGE_SIZE
+    return (first, end) if first < end else None
+
+
+def _no_whole_page(address: int, nbytes: int) -> ArgumentError:
+    return ArgumentError(f"no whole page of {PAGE_SIZE} bytes lies in the {nbytes} bytes at {address:#x}")
+
+
+def _gaps(first: int, end: int, touching: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+    gaps = []
+    for start, length, _ in touching:
+        if first < start:
+            gaps.append((first, start))
+        first = max(first, start + length)
+    if first < end:
+        gaps.append((first, end))
+    return gaps
+
+
+def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]:
+    """What the memory of a buffer belongs to, and how that is held."""
+    numpy = sys.modules.get("numpy")
+    owner = buffer
+    if numpy is not None and isinstance(buffer, numpy.ndarray):
+        while isinstance(owner.base, numpy.ndarray) or _is_stride_trick(owner.base):
+            owner = owner.base if isinstance(owner.base, numpy.ndarray) else owner.base.base
+        if owner.flags.owndata:
+            if owner.flags.writebackifcopy:
+                raise ForeignMemoryError("the array is a copy that is written back when it ends: opt the original in")
+            _belongs(owner, address, nbytes)
+            return owner, _ArrayHold
+        owner = owner.base
+        if owner is None:
+            raise ForeignMemoryError(
+                "the array does not say what its memory belongs to, so it cannot be held: copy it with ksmrs.array()"
+            )
+    if hasattr(owner, "get_obj"):
+        owner = owner.get_obj()  # multiprocessing.Array
+    while isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, _ksmrs.Region) and owner.closed:
+        raise ClosedRegionError("the region was closed: make a new one")
+    _belongs(owner, address, nbytes)
+    return owner, _ExportHold
+
+
+def _is_stride_trick(base: Any) -> bool:
+    """What NumPy puts between the result of `as_strided` or `sliding_window_view` and the array it looks at."""
+    return type(base).__name__ == "DummyArray" and type(base).__module__.startswith("numpy.lib.")
+
+
+def _belongs(owner: Any, address: int, nbytes: int) -> None:
+    """Raise unless the range lies in the owner's memory: a view with made-up strides may reach anywhere."""
+    kind = type(owner).__name__
+    try:
+        low, length = extent(owner)
+    except (TypeError, BufferError) as refused:
+        raise ForeignMemoryError(
+            f"the memory belongs to a {kind}, which cannot be held ({refused}): copy it with ksmrs.array()"
+        ) from None
+    if not low <= address <= address + nbytes <= low + length:
+        raise ForeignMemoryError(
+            f"the {nbytes} bytes at {address:#x} are not among the {length} bytes at {low:#x} of the {kind} they belong to"
+        )
+
+
+def _held(owner: Any, kind: type[_Hold]) -> tuple[int, _Hold]:
+    key = id(owner)
+    hold = _holds.get(key)
+    if hold is None:
+        hold = kind(owner)  # type: ignore[call-arg]
+        _holds[key] = hold
+    return key, hold
+
+
+def bytes_now() -> tuple[int, int]:
+    """Bytes of adopted memory, and how many of them belong to buffers that begin within a page."""
+    holds = list(_holds.values())
+    return sum(region.nbytes for hold in holds for region in list(hold.regions)), sum(
+        hold.bytes_out_of_phase for hold in holds
+    )

@@ -1,0 +1,28 @@
+"""Where a buffer lies: the range of addresses from its lowest byte to its highest, whatever its layout.
+
+Relies on `_ksmrs.extent` for objects with a buffer and on NumPy's own description of ndarrays, if NumPy is loaded. Never holds
+anything and never imports NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ksmrs import _ksmrs
+
+
+def extent(buffer: Any) -> tuple[int, int]:
+    """First address and number of bytes."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not isinstance(buffer, numpy.ndarray):
+        return _ksmrs.extent(buffer)
+    # Not through the buffer protocol, which knows neither datetime64 nor read-only views of writable memory.
+    interface = buffer.__array_interface__
+    low = high = interface["data"][0]
+    for count, stride in zip(buffer.shape, buffer.strides, strict=True):
+        if count == 0:
+            return low, 0
+        reach = (count - 1) * stride
+        low, high = (low, high + reach) if reach > 0 else (low + reach, high)
+    return low, high + buffer.itemsize - low
