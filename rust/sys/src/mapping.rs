@@ -392,21 +392,26 @@ impl Mapping {
         }
     }
 
-    /// Runs `leave` on a view that can assemble plain memory, and gives back the area it used for that.
+    /// Runs `leave` on a view that can assemble plain memory, and gives back the area it used for that. The area lies as the region
+    /// does within 2 MiB, so that huge pages made in it move as such.
     pub(crate) fn with_scratch<T>(&self, leave: impl FnOnce(View) -> Result<T, Errno>) -> Result<T, Errno> {
         if self.view.kind == Kind::Shared {
             return leave(self.view);
         }
-        let bytes = self.view.bytes();
-        // SAFETY: fresh memory where the kernel likes. Accounted, as what it replaces was, unless the kernel has not so much to
-        // promise: only as much of it is used as gets moved over the region.
-        let map = |flags| unsafe { rustix::mm::mmap_anonymous(ptr::null_mut(), bytes, READ_WRITE, flags) };
-        let scratch = map(MapFlags::PRIVATE).or_else(|_| map(MapFlags::PRIVATE | MapFlags::NORESERVE))?;
-        self.advise_again(scratch.expose_provenance());
-        let done = leave(self.view.with_scratch(scratch.expose_provenance()));
-        // SAFETY: mapped above; what was moved out of it left its range mapped (DONTUNMAP), so all of it is still ours.
-        let _ = unsafe { rustix::mm::munmap(scratch, bytes) };
-        done
+        let position = self.view.base % EXTENT_SIZE;
+        let bytes = self.view.bytes() + position;
+        let area = Aligned::reserve(bytes).map_err(|_| Errno::NOMEM)?;
+        // SAFETY: the range reserved just above. Accounted, as what it replaces was, unless the kernel has not so much to promise:
+        // only as much of it is used as gets moved over the region.
+        let map = |flags: MapFlags| unsafe {
+            let flags = flags | MapFlags::PRIVATE | MapFlags::FIXED;
+            rustix::mm::mmap_anonymous(area.start(), bytes, READ_WRITE, flags)
+        };
+        let scratch = map(MapFlags::empty()).or_else(|_| map(MapFlags::NORESERVE))?;
+        let scratch = scratch.expose_provenance() + position;
+        self.advise_again(scratch);
+        // What was moved out of the area left its range mapped (DONTUNMAP), so all of it is still ours when it is dropped.
+        leave(self.view.with_scratch(scratch))
     }
 }
 

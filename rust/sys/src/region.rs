@@ -10,6 +10,7 @@ use crate::fork;
 use crate::gate::Pass;
 use crate::holds::{Holds, insert_range, remove_range};
 use crate::mapping::{Mapping, View};
+use crate::object::PAGE_SIZE;
 use crate::page_table::ClientTable;
 use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
 use crate::registry::{self, Area};
@@ -390,32 +391,42 @@ impl Region {
     /// Ends merging for good: plain memory again, with its bytes, at the same address. Nothing of the store stays mapped.
     ///
     /// # Errors
-    /// No memory for the copies.
+    /// No memory for the copies; what was opted in before takes part again.
     pub fn leave(&self) -> Result<(), SysError> {
-        self.unadvise(0..self.pages())?;
         if !self.is_ours() {
-            return Ok(());
+            return self.hold(0..self.pages());
         }
-        let left = self.open(|mapping| {
-            mapping.with_scratch(|view| {
-                let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
-                let whole = self.whole();
-                let mut at = whole.first;
-                while at < whole.end() {
-                    let part = Span {
-                        first: at,
-                        pages: (whole.end().0 - at.0).min(protocol::MAX_RUN as u32),
-                    };
-                    let _blocked = Blocked::new();
-                    let _pass = Pass::enter();
-                    protocol::leave(&self.words, &view, part, &mut before)?;
-                    at = part.end();
-                }
-                Ok(())
-            })
-        });
+        // Opted out first, so that nobody lets a page take part again that has left.
+        let before = core::mem::replace(&mut self.holds().unadvised, vec![0..self.pages()]);
+        let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
+        GIVEN_UP.fetch_add(1, Ordering::Relaxed);
         left.unwrap_or(Ok(()))
             .map_err(SysError::call("mremap", "leaving region"))
+            .inspect_err(|_| {
+                let mut holds = self.holds();
+                holds.unadvised = before;
+                self.let_go(&holds, 0..self.pages());
+            })
+    }
+
+    /// Runs end where extents do: what is assembled in huge pages then moves as huge pages.
+    fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {
+        let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
+        let whole = self.whole();
+        let position = (self.address() / PAGE_SIZE % protocol::MAX_RUN) as u32;
+        let mut at = whole.first;
+        while at < whole.end() {
+            let room = protocol::MAX_RUN as u32 - (at.0 + position) % protocol::MAX_RUN as u32;
+            let part = Span {
+                first: at,
+                pages: (whole.end().0 - at.0).min(room),
+            };
+            let _blocked = Blocked::new();
+            let _pass = Pass::enter();
+            protocol::leave(&self.words, view, part, &mut before)?;
+            at = part.end();
+        }
+        Ok(())
     }
 
     /// Whether the program made the memory.
