@@ -5,11 +5,17 @@ Relies on root and /sys/kernel/mm/ksm. Every knob that is turned is put back, wh
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    import numpy as np
+
+PAGE = 4096
 KSM = Path("/sys/kernel/mm/ksm")
 KNOBS = (
     "run",
@@ -21,6 +27,15 @@ KNOBS = (
     "max_page_sharing",
 )
 MADV_MERGEABLE = 12
+
+
+def opt_in(array: np.ndarray[Any, Any]) -> None:
+    """Give the whole pages of an array to the kernel's KSM."""
+    first = -(-array.ctypes.data // PAGE) * PAGE
+    end = (array.ctypes.data + array.nbytes) // PAGE * PAGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_MERGEABLE):
+        raise OSError(ctypes.get_errno(), "madvise(MADV_MERGEABLE)")
 
 
 def unavailable() -> str | None:

@@ -1,12 +1,14 @@
 """Merge equal data of several processes: ksmrs, private and shared, against kernel KSM tuned to its maximum, in one run.
 
-    python benches/merge_equal.py [--mb 256] [--processes 2] [--rounds 3] [--json]
+    python benches/merge_equal.py [--mb 256] [--processes 2] [--rounds 3] [--arrays] [--json]
 
-Each process fills memory with the same pseudo-random bytes. CPU time is that of the broker and of every process (ksmrs), or of
-ksmd and every process (kernel KSM), from the moment that merging begins until every duplicate is merged; then each process
-reads every page once, and what that costs is added, since merging may leave faults for the first reader. ksmrs pays for a last
-round that finds nothing more; ksmd is stopped the moment it is done. Every byte is verified before a figure is printed. A
-virtual machine backs its memory on first touch, so as much memory as will be used is touched and freed first.
+Each process fills memory with the same pseudo-random bytes: regions of ksmrs's own against an mmap or, with --arrays, ndarrays
+as NumPy makes them (of huge pages where the kernel agrees), opted in where they are by both. CPU time is that of the broker
+and of every process (ksmrs), or of ksmd and every process (kernel KSM), from the moment that merging begins until every
+duplicate is merged; then each process reads every page once, and what that costs is added, since merging may leave faults for
+the first reader. ksmrs pays for a last round that finds nothing more; ksmd is stopped the moment it is done. Every byte is
+verified before a figure is printed. A virtual machine backs its memory on first touch, so as much memory as will be used is
+touched and freed first.
 """
 
 from __future__ import annotations
@@ -39,30 +41,35 @@ def content(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 class Memory:
-    """A worker's memory, of one of the three kinds."""
+    """A worker's memory, of one of the five kinds."""
 
     def __init__(self, kind: str, nbytes: int) -> None:
         if kind == "kernel":
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.array = np.frombuffer(self._map, np.uint64)
+        elif kind.startswith("array"):
+            # Its first and last page are not whole: a page more makes as many whole ones as the others have.
+            self.array = np.empty((nbytes + PAGE) // 8, np.uint64)
         else:
             self.array = ksmrs.empty(nbytes // 8, np.uint64, shared=kind == "shared")
-        self.array[:] = content(nbytes)
+        self.array[:] = content(self.array.nbytes)
+        if kind == "array":
+            ksmrs.madvise(self.array, ksmrs.MADV_MERGEABLE)
 
     def opt_in(self) -> None:
-        self._map.madvise(kernel_ksm.MADV_MERGEABLE)
+        kernel_ksm.opt_in(self.array)
 
 
 def worker(kind: str, nbytes: int) -> None:
-    if kind != "kernel":
+    if kind not in ("kernel", "array by kernel"):
         # Merging begins when the driver says so, in all processes at once.
         ksmrs.connect()
     memory = Memory(kind, nbytes)
     commands = {
         "cpu": time.process_time,
-        "opt in": lambda: memory.opt_in() if kind == "kernel" else None,
+        "opt in": memory.opt_in,
         "read": lambda: int(memory.array[:: PAGE // 8].sum()) and None,
-        "check": lambda: bool((memory.array == content(nbytes)).all()),
+        "check": lambda: bool((memory.array == content(memory.array.nbytes)).all()),
     }
     print("ready", flush=True)
     for line in sys.stdin:
@@ -129,7 +136,7 @@ def measure(workers: Workers, engine_cpu: Any, merge: Any, pages: int) -> dict[s
     }
 
 
-def run_kernel(nbytes: int, count: int) -> dict[str, float]:
+def run_kernel(kind: str, nbytes: int, count: int) -> dict[str, float]:
     pages = nbytes // PAGE * count
 
     def merge() -> None:
@@ -140,7 +147,7 @@ def run_kernel(nbytes: int, count: int) -> dict[str, float]:
                 raise SystemExit(f"kernel KSM merged less than everything in {PATIENCE_SECONDS} s")
             time.sleep(0.002)
 
-    with Workers("kernel", nbytes, count) as workers, kernel_ksm.tuned_to_the_maximum():
+    with Workers(kind, nbytes, count) as workers, kernel_ksm.tuned_to_the_maximum():
         return measure(workers, kernel_ksm.ksmd_seconds, merge, pages)
 
 
@@ -187,27 +194,29 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=256)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--arrays", action="store_true", help="ndarrays as NumPy makes them, in place")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     nbytes, count = arguments.mb * MIB, arguments.processes
     warm(nbytes * (count + 2))
     refusal = kernel_ksm.unavailable()
-    kinds = (["kernel"] if refusal is None else []) + ["private", "shared"]
+    rival, ours = ("array by kernel", ["array"]) if arguments.arrays else ("kernel", ["private", "shared"])
+    kinds = ([rival] if refusal is None else []) + ours
     figures: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     for _ in range(arguments.rounds):
         # In turn, so that a noisy minute is everybody's.
         for kind in kinds:
-            run = run_kernel(nbytes, count) if kind == "kernel" else run_ksmrs(kind, nbytes, count)
+            run = (run_kernel if kind == rival else run_ksmrs)(kind, nbytes, count)
             figures[kind].append(run)
     medians = {
         kind: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for kind, runs in figures.items()
     }
     ratios = {
         kind: statistics.median(
-            ours["cpu_seconds"] / theirs["cpu_seconds"]
-            for ours, theirs in zip(figures[kind], figures["kernel"], strict=True)
+            run["cpu_seconds"] / theirs["cpu_seconds"]
+            for run, theirs in zip(figures[kind], figures[rival], strict=True)
         )
-        for kind in ("private", "shared")
+        for kind in ours
         if refusal is None
     }
     if arguments.json:
@@ -217,10 +226,11 @@ def main() -> None:
     print(f"{count} x {arguments.mb} MiB of equal data, median of {arguments.rounds} rounds")
     if refusal is not None:
         print(f"kernel KSM: not measured, {refusal}")
+    width = max(map(len, kinds))
     for kind, figure in medians.items():
         ratio = f", {ratios[kind]:.2f} of kernel KSM's CPU" if kind in ratios else ""
         print(
-            f"{kind:8} {figure['cpu_seconds']:.2f} s CPU ({figure['us_per_merged_page']:.1f} us a page; first reads "
+            f"{kind:{width}} {figure['cpu_seconds']:.2f} s CPU ({figure['us_per_merged_page']:.1f} us a page; first reads "
             f"{figure['first_read_seconds']:.2f} s), {figure['wall_seconds']:.2f} s wall{ratio}"
         )
 

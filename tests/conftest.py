@@ -6,6 +6,7 @@ mapped. Never sleeps until something probably happened; never kills by name.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import re
@@ -23,6 +24,33 @@ import ksmrs
 
 KEPT = {"ksmrs-table": 1, "ksmrs-staging": 1, "ksmrs-life": 2}
 """What a process that used ksmrs keeps mapped to its end, at most; the client's threads stay as well."""
+
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PR_GET_THP_DISABLE = 42
+
+
+def pytest_report_header() -> str:
+    """Which of the two runs this is: with huge pages everywhere, or with none."""
+    if ctypes.CDLL(None).prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1:
+        return "transparent huge pages: none in this process and its children"
+    if HUGE_PAGES.exists():
+        return f"transparent huge pages: {'always, for this run' if os.access(HUGE_PAGES, os.W_OK) else HUGE_PAGES.read_text()}"
+    return "transparent huge pages: this kernel has none"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def huge_pages() -> Iterator[None]:
+    """Huge pages wherever they fit, where the caller may say so; `unprivileged.py` runs everything again without any."""
+    if not (HUGE_PAGES.exists() and os.access(HUGE_PAGES, os.W_OK)):
+        yield
+        return
+    before = HUGE_PAGES.read_text()
+    HUGE_PAGES.write_text("always")
+    try:
+        yield
+    finally:
+        HUGE_PAGES.write_text(before[before.index("[") + 1 : before.index("]")])
 
 
 def links(folder: Path) -> list[str]:

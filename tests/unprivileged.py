@@ -1,4 +1,4 @@
-"""Runs pytest once more as an ordinary user, where the caller is root.
+"""Runs pytest once more as an ordinary user and without transparent huge pages, where the caller is root.
 
 Everything that user needs is made for it in one temporary directory: an interpreter (a copy, where the caller's own lies
 below a directory that only root may enter), the installed packages, the tests, a home. Needs no network. Arguments go to
@@ -7,6 +7,7 @@ pytest. Never changes anything outside of that directory.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 NOBODY = 65534
+PR_SET_THP_DISABLE = 41
 ROOT = Path(__file__).resolve().parent.parent
 DROP = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups", "--inh-caps=-all", "--bounding-set=-all"]
 
@@ -79,6 +81,8 @@ def main() -> int:
             (room / name).mkdir(mode=0o700)
             os.chown(room / name, NOBODY, NOBODY)
         command = [*DROP, str(venv / "bin/python"), "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+        # Inherited by every process of the run: what root's run did with huge pages, this one does without.
+        ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
         return subprocess.run(command, cwd=tree, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 

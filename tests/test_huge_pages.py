@@ -1,0 +1,61 @@
+"""Memory made of transparent huge pages: merging a part of one really frees that part, and what leaves may be huge again.
+
+Measured by PSS; each program says first whether its memory is huge at all, and checks the same where it is not.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from children import run
+
+PROGRAM = """
+    import mmap
+    from pathlib import Path
+    def memory():
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return {{name: int(text.split(name + ":")[1].split()[0]) << 10 for name in ("Pss_Anon", "AnonHugePages")}}
+    size, step, kind = 32 << 20, {step}, {kind!r}
+    content = np.random.default_rng(1).integers(1, 256, size, np.uint8)
+    def make(number):
+        if kind == "array":
+            made = np.empty(size, np.uint8)  # NumPy asks for huge pages from 4 MiB on
+        else:
+            owner = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            owner.madvise(mmap.MADV_HUGEPAGE)
+            made = np.frombuffer(owner, np.uint8)
+        made[:] = content
+        if step:  # every other stretch of so many pages is this array's own
+            own = made[: size // (2 * step * 4096) * 2 * step * 4096].reshape(-1, 2, step, 4096)[:, 1]
+            own[:, :, 100] = number
+            own[:, :, 3000] = 255 - number
+        return made
+    arrays = [make(number) for number in range(1, 3)]
+    expected = [array.copy() for array in arrays]
+    before = memory()
+    print("huge:", before["AnonHugePages"] >> 20, "MiB")
+    for array in arrays:
+        ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
+    wanted = 2 * (size // 4096 - 1) // (2 if step else 1) * 98 // 100
+    wait_for(lambda: ksmrs.merge(10) and ksmrs.process_stats().ksm_merging_pages >= wanted, "merging", 60)
+    merged = ksmrs.process_stats().ksm_merging_pages * 4096
+    # Splitting is the kernel's to finish: it frees what it was told to when it gets to it.
+    wait_for(lambda: before["Pss_Anon"] - memory()["Pss_Anon"] > merged * 95 // 100, "the end of the merged pages", 30)
+    assert all((array == wanted).all() for array, wanted in zip(arrays, expected))
+    arrays[0][::4096] ^= 1
+    expected[0][::4096] ^= 1
+    assert all((array == wanted).all() for array, wanted in zip(arrays, expected))
+    for array in arrays:
+        ksmrs.madvise(array, ksmrs.MADV_UNMERGEABLE)
+    assert all((array == wanted).all() for array, wanted in zip(arrays, expected))
+    after = memory()
+    assert abs(after["Pss_Anon"] - before["Pss_Anon"]) < 8 << 20, (before, after)
+    if before["AnonHugePages"] > 100 << 20 and not step:
+        assert after["AnonHugePages"] > before["AnonHugePages"] // 2, (before, after)
+"""
+
+
+@pytest.mark.parametrize("kind", ["array", "mmap"])
+@pytest.mark.parametrize("step", [0, 1, 16, 300], ids=["all equal", "every other page", "64 KiB", "300 pages"])
+def test_what_merged_is_freed(kind: str, step: int) -> None:
+    run(PROGRAM.format(step=step, kind=kind))
