@@ -397,7 +397,8 @@ impl Region {
             return self.hold(0..self.pages());
         }
         // Opted out first, so that nobody lets a page take part again that has left.
-        let before = core::mem::replace(&mut self.holds().unadvised, vec![0..self.pages()]);
+        let whole = core::iter::once(0..self.pages()).collect();
+        let before = core::mem::replace(&mut self.holds().unadvised, whole);
         let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
         GIVEN_UP.fetch_add(1, Ordering::Relaxed);
         left.unwrap_or(Ok(()))
