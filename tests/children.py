@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,10 @@ class Child:
     def line(self) -> str:
         """The next line that it prints."""
         assert self._process.stdout is not None
+        too_long = threading.Timer(SECONDS, self._process.kill)
+        too_long.start()
         line = self._process.stdout.readline()
+        too_long.cancel()
         if not line:
             _, errors = self._process.communicate()
             raise AssertionError(f"child ended with {self._process.returncode} before it said anything:\n{errors}")

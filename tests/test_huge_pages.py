@@ -59,3 +59,76 @@ PROGRAM = """
 @pytest.mark.parametrize("step", [0, 1, 16, 300], ids=["all equal", "every other page", "64 KiB", "300 pages"])
 def test_what_merged_is_freed(kind: str, step: int) -> None:
     run(PROGRAM.format(step=step, kind=kind))
+
+
+KEEPING = """
+    import mmap
+    from pathlib import Path
+    def huge():
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return int(text.split("AnonHugePages:")[1].split()[0]) << 10
+    size = 16 << 20
+    content = np.random.default_rng(2).integers(1, 256, size, np.uint8)
+    def make():
+        owner = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        owner.madvise(mmap.MADV_HUGEPAGE)
+        made = np.frombuffer(owner, np.uint8)
+        made[:] = content
+        return made
+    ksmrs.tunables.split_huge_pages = 0
+    arrays = [make(), make()]
+    for number, array in enumerate(arrays):  # one page in a thousand differs: no run is shorter than a whole huge page in vain
+        array[1000 * 4096 :: 4000 * 4096] = number
+    expected = [array.copy() for array in arrays]
+    before = huge()
+    if before < 2 * size // 2:
+        print("no huge pages here")
+        sys.exit(0)
+    for array in arrays:
+        ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
+    ksmrs.merge(60)
+    ksmrs.merge(60)
+    turned_down = ksmrs.stats().pages_unmerged_in_huge_pages
+    merged = ksmrs.process_stats().ksm_merging_pages
+    assert turned_down > 0, ksmrs.stats()
+    # All that merged was whole: what is not merged is huge still.
+    assert merged % 512 == 0, merged
+    assert before - huge() == merged * 4096, (before, huge(), merged)
+    ksmrs.tunables.split_huge_pages = 1
+    pages = 2 * size // 4096
+    wait_for(lambda: ksmrs.merge(60) and ksmrs.process_stats().ksm_merging_pages > pages * 95 // 100, "the short runs", 60)
+    assert ksmrs.process_stats().ksm_merging_pages > merged
+    assert all((array == wanted).all() for array, wanted in zip(arrays, expected))
+    for array in arrays:
+        ksmrs.madvise(array, ksmrs.MADV_UNMERGEABLE)
+    assert all((array == wanted).all() for array, wanted in zip(arrays, expected))
+"""
+
+
+def test_huge_pages_stay_whole_where_the_knob_says_so() -> None:
+    run(KEEPING)
+
+
+IN_THE_BACKGROUND = """
+    from pathlib import Path
+    def mapped_huge():
+        text = Path("/proc/self/smaps_rollup").read_text()
+        return int(text.split("ShmemPmdMapped:")[1].split()[0]) << 10
+    size = 32 << 20
+    content = np.random.default_rng(3).integers(1, 256, size, np.uint8)
+    regions = [ksmrs.Region(size) for _ in range(2)]
+    for region in regions:
+        region.array(np.uint8, size)[:] = content
+    # Nobody asks for a merge: batches of the default size do it.
+    wait_for(lambda: ksmrs.process_stats().ksm_merging_pages == 2 * size // 4096, "merging in the background", 60)
+    whole = ksmrs.stats().frames_huge
+    assert whole == size >> 21, whole
+    for region in regions:
+        assert (region.array(np.uint8, size) == content).all()
+    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        print("as huge pages:", mapped_huge() >> 20, "MiB")
+"""
+
+
+def test_batches_leave_windows_whole() -> None:
+    run(IN_THE_BACKGROUND)

@@ -62,6 +62,8 @@ class Stats:
     """Pages merged, ever."""
     pages_unmerged_by_budget: int = 0
     """Pages left alone since their client has no kernel mappings to spare, ever."""
+    pages_unmerged_in_huge_pages: int = 0
+    """Pages left alone since merging them would have split a huge page (`split_huge_pages` is 0), counted at each try."""
     pages_disbelieved: int = 0
     """Page table words that cannot be true, ever: a damaged or lying client."""
     references_in_limbo: int = 0

@@ -49,6 +49,9 @@ class Tunables:
     use_zero_pages = _Knob(int, "Whether pages of zeros need no memory at all.")
     max_page_sharing = _Knob(int, "How many pages one frame serves before a second one is made.")
     stable_node_chains_prune_millisecs = _Knob(int, "How often chains are looked through for frames that nobody shows.")
+    split_huge_pages = _Knob(
+        int, "Whether less than 2 MiB merges where that splits a huge page; not among the kernel's knobs."
+    )
     smart_scan = _Knob(int, "Whether pages that never merged are looked at less often.")
     advisor_mode = _Knob(str, "Who sets pages_to_scan: 'none' or 'scan-time'.")
     advisor_max_cpu = _Knob(int, "Percent of one CPU at most.")

@@ -185,6 +185,7 @@ impl Domain {
                     .and_then(|outcome| outcome.failure)
                     .map(|failure| match failure {
                         Failure::Mappings => RunFailure::MappingLimit,
+                        Failure::WouldSplit => RunFailure::WouldSplit,
                         _ => RunFailure::Other,
                     }),
                 ..Default::default()

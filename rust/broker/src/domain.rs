@@ -201,6 +201,7 @@ impl Domain {
             }
             Decision::Map { client, order, runs } => {
                 failpoint::hit(Failpoint::BrokerProposes);
+                let split = self.core.tunables().split_huge_pages != 0;
                 let parts: Vec<Part> = runs
                     .iter()
                     .map(|run| {
@@ -226,7 +227,11 @@ impl Domain {
                 (
                     client,
                     order,
-                    ToClient::Map { order: order.0, runs },
+                    ToClient::Map {
+                        order: order.0,
+                        split,
+                        runs,
+                    },
                     Task::Map { parts },
                 )
             }

@@ -325,7 +325,11 @@ mod tests {
             MAX_RUNS + 1
         ];
         assert!(matches!(
-            encode(&ToClient::Map { order: 1, runs }),
+            encode(&ToClient::Map {
+                order: 1,
+                split: true,
+                runs
+            }),
             Err(WireError::Limit { .. })
         ));
         let full = vec![
@@ -338,6 +342,7 @@ mod tests {
         ];
         let bytes = encode(&ToClient::Map {
             order: u32::MAX,
+            split: true,
             runs: full.clone(),
         })
         .unwrap();

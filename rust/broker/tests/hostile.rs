@@ -297,7 +297,8 @@ fn answers_of_the_wrong_shape() {
             id: 77,
             question: Question::Merge { timeout_ms: None },
         });
-        let ToClient::Map { order, runs } = client.work_until(|message| matches!(message, ToClient::Map { .. })) else {
+        let ToClient::Map { order, runs, .. } = client.work_until(|message| matches!(message, ToClient::Map { .. }))
+        else {
             unreachable!()
         };
         let merged = if wrong { Bits::Some(vec![0; 40]) } else { Bits::All };

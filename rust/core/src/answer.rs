@@ -62,6 +62,8 @@ pub struct RunOutcome {
 pub enum RunFailure {
     /// It has as many mappings as the kernel allows: nothing more is proposed to it in this pass.
     MappingLimit,
+    /// It would have split a huge page, and `split_huge_pages` is 0.
+    WouldSplit,
     /// Anything else.
     Other,
 }
@@ -338,6 +340,9 @@ impl Core {
         for (index, &run) in runs.iter().enumerate() {
             let outcome = outcomes.get(index).copied().unwrap_or_default();
             self.run_mapped(id, run, &outcome, epoch);
+            if outcome.failure == Some(RunFailure::WouldSplit) {
+                self.events.would_split += u64::from(run.pages);
+            }
             if outcome.failure == Some(RunFailure::MappingLimit)
                 && let Some(client) = self.clients.get_mut(&id)
             {

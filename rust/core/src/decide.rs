@@ -393,7 +393,7 @@ impl Core {
             return Some(wake);
         }
         self.pace.wake = None;
-        self.pace.batch_left = self.tunables.pages_to_scan;
+        self.pace.begin_batch(self.tunables.pages_to_scan);
         (self.pace.batch_left == 0).then(|| self.now + self.pause().max(RETRY))
     }
 
@@ -446,7 +446,9 @@ impl Core {
         if chosen == 0 {
             return None;
         }
-        self.pace.batch_left = self.pace.batch_left.saturating_sub(if requested { 0 } else { chosen });
+        if !requested {
+            self.pace.spend(chosen, self.tunables.pages_to_scan);
+        }
         let order = self.open(id, Task::Scan(ranges.clone()));
         Some(Decision::Scan {
             client: id,

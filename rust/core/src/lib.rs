@@ -199,6 +199,7 @@ impl Core {
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
             merges: events.merges,
             pages_unmerged_by_budget: events.over_budget,
+            pages_unmerged_in_huge_pages: events.would_split,
             pages_disbelieved: events.disbelieved,
             references_in_limbo: self.rmap.limbo.len(),
         }

@@ -3,6 +3,7 @@
 //! A batch is `pages_to_scan` pages over all clients; once its orders are answered the scan sleeps `sleep_millisecs`. A merge
 //! on request knows no batches: it runs in rounds over all clients until one in which nothing merged. Never looks at a page.
 
+use crate::page::WINDOW;
 use std::time::Duration;
 
 /// A merge on request.
@@ -34,6 +35,8 @@ struct Request {
 pub(crate) struct Pace {
     /// Pages left in this batch.
     pub batch_left: u32,
+    /// Pages that the last batch left to this one.
+    carried: u32,
     /// When the next batch begins, once the last is over.
     pub wake: Option<Duration>,
     /// Rounds begun.
@@ -51,6 +54,7 @@ impl Default for Pace {
     fn default() -> Pace {
         Pace {
             batch_left: 0,
+            carried: 0,
             // The first batch begins at once.
             wake: Some(Duration::ZERO),
             round: 0,
@@ -64,6 +68,19 @@ impl Default for Pace {
 }
 
 impl Pace {
+    pub(crate) fn begin_batch(&mut self, pages_to_scan: u32) {
+        self.batch_left = pages_to_scan.saturating_add(std::mem::take(&mut self.carried));
+    }
+
+    /// So many pages of the batch are being looked at. Less than a window of a batch that had room for one is left to the next
+    /// batch: a window looked at in two batches would merge in two runs, and split the huge page that it may be.
+    pub(crate) fn spend(&mut self, pages: u32, pages_to_scan: u32) {
+        self.batch_left = self.batch_left.saturating_sub(pages);
+        if self.batch_left < WINDOW && pages_to_scan >= WINDOW {
+            self.carried = std::mem::take(&mut self.batch_left);
+        }
+    }
+
     pub(crate) fn is_requested(&self) -> bool {
         !self.requests.is_empty()
     }
@@ -143,6 +160,22 @@ mod tests {
         assert_eq!(pace.finished(first), Some(report));
         assert_eq!(pace.finished(first), None);
         assert_eq!(pace.finished(second).map(|report| report.rounds), Some(1));
+    }
+
+    #[test]
+    fn what_is_left_of_a_batch_goes_to_the_next_where_a_window_would_be_cut() {
+        let mut pace = Pace::default();
+        pace.begin_batch(1024);
+        pace.spend(511, 1024);
+        assert_eq!(pace.batch_left, 513);
+        pace.spend(512, 1024);
+        assert_eq!(pace.batch_left, 0);
+        pace.begin_batch(1024);
+        assert_eq!(pace.batch_left, 1025);
+        pace.spend(2000, 1024);
+        pace.begin_batch(100);
+        pace.spend(99, 100);
+        assert_eq!(pace.batch_left, 1, "small batches cut windows anyway");
     }
 
     #[test]

@@ -56,6 +56,8 @@ pub struct Stats {
     pub merges: u64,
     /// Proposals dropped because the client's VMA budget was spent, ever.
     pub pages_unmerged_by_budget: u64,
+    /// Proposals that a client turned down because they would have split a huge page (`split_huge_pages` is 0), ever.
+    pub pages_unmerged_in_huge_pages: u64,
     /// Words that named something core never proposed, ever: a lying or damaged client.
     pub pages_disbelieved: u64,
     /// References that wait for the seal of an epoch.
@@ -84,6 +86,7 @@ pub(crate) struct Events {
     pub cow: u64,
     pub merges: u64,
     pub over_budget: u64,
+    pub would_split: u64,
     pub disbelieved: u64,
     /// Pages marked Unshared.
     pub unshared: u64,

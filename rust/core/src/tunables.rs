@@ -61,6 +61,8 @@ pub struct Tunables {
     pub stable_node_chains_prune_millisecs: u32,
     /// Whether pages that never merge are looked at less often.
     pub smart_scan: u32,
+    /// Whether runs shorter than a huge page merge where that splits a huge page. Not among the kernel's knobs: it always splits.
+    pub split_huge_pages: u32,
     /// Only `none` so far.
     pub advisor_mode: String,
     /// Percent of a CPU the advisor may spend.
@@ -84,6 +86,7 @@ impl Default for Tunables {
             max_page_sharing: 256,
             stable_node_chains_prune_millisecs: 2000,
             smart_scan: 1,
+            split_huge_pages: 1,
             advisor_mode: "none".to_owned(),
             advisor_max_cpu: 70,
             advisor_target_scan_time: 200,
@@ -148,6 +151,7 @@ numeric_knobs! {
     max_page_sharing 2 MOST_SHARING,
     stable_node_chains_prune_millisecs 0 u32::MAX,
     smart_scan 0 1,
+    split_huge_pages 0 1,
     advisor_max_cpu 0 100,
     advisor_target_scan_time 1 u32::MAX,
     advisor_min_pages_to_scan 0 u32::MAX,

@@ -106,9 +106,14 @@ impl View {
         (start.expose_provenance()).is_multiple_of(EXTENT_SIZE) && bytes.is_multiple_of(EXTENT_SIZE)
     }
 
+    /// Whether the span may cover a part of a huge page.
+    pub(crate) fn may_split(&self, span: Span) -> bool {
+        self.huge && self.kind == Kind::Private && !self.covers_whole_extents(span)
+    }
+
     /// Splits huge pages that the span covers only in part: the kernel frees nothing of them otherwise.
     fn split_huge(&self, span: Span) {
-        if self.huge && self.kind == Kind::Private && !self.covers_whole_extents(span) {
+        if self.may_split(span) {
             let (start, bytes) = self.range(span);
             // SAFETY: our view; the advice changes no content. A kernel that declines frees the memory later.
             let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxCold) };

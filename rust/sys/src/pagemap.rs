@@ -8,6 +8,7 @@ use crate::error::SysError;
 use crate::mapping::View;
 use crate::object::PAGE_SIZE;
 use crate::protocol::{Page, Span};
+use core::ops::Range;
 use core::sync::atomic::{AtomicBool, Ordering};
 use linux_raw_sys::general as raw;
 use rustix::fs::{Mode, OFlags};
@@ -39,6 +40,12 @@ impl Bits {
     pub(crate) fn has(&self, at: u32) -> bool {
         self.0[at as usize / 64] & 1 << (at % 64) != 0
     }
+}
+
+/// Which pages a walk is after, by PAGEMAP_SCAN's categories.
+struct Ask {
+    any_of: u32,
+    none_of: u32,
 }
 
 /// This process's pagemap, opened by the thread that uses it.
@@ -82,7 +89,35 @@ impl Pagemap {
         self.read(view, span, found).map_err(SysError::call("pread", "pagemap"))
     }
 
+    /// Whether a huge page maps any of the span's memory.
+    ///
+    /// # Errors
+    /// ENOTTY or EINVAL from kernels that cannot tell (before Linux 6.7).
+    pub(crate) fn any_huge(&self, view: &View, span: Span) -> Result<bool, SysError> {
+        let mut any = false;
+        let huge = Ask {
+            any_of: raw::PAGE_IS_HUGE,
+            none_of: 0,
+        };
+        self.walk(view, span, huge, |_, _| any = true)
+            .map_err(SysError::call("ioctl(PAGEMAP_SCAN)", "pagemap"))?;
+        Ok(any)
+    }
+
     fn scan(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+        let own = Ask {
+            any_of: raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED,
+            none_of: raw::PAGE_IS_FILE,
+        };
+        self.walk(view, span, own, |pages, categories| {
+            if categories & u64::from(raw::PAGE_IS_PFNZERO) == 0 {
+                pages.for_each(|page| found.set(page));
+            }
+        })
+    }
+
+    /// Tells `found` the stretches of pages, counted from the span's first, that match, with their categories.
+    fn walk(&self, view: &View, span: Span, ask: Ask, mut found: impl FnMut(Range<u32>, u64)) -> Result<(), Errno> {
         const REGIONS: usize = 128;
         let mut regions = [raw::page_region {
             start: 0,
@@ -91,9 +126,10 @@ impl Pagemap {
         }; REGIONS];
         let base = view.page(span.first) as u64;
         let end = base + u64::from(span.pages) * PAGE_SIZE as u64;
+        let page = |address: u64| ((address - base) / PAGE_SIZE as u64) as u32;
         let mut start = base;
         while start < end {
-            let mut ask = raw::pm_scan_arg {
+            let mut argument = raw::pm_scan_arg {
                 size: size_of::<raw::pm_scan_arg>() as u64,
                 flags: 0,
                 start,
@@ -102,28 +138,24 @@ impl Pagemap {
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: REGIONS as u64,
                 max_pages: 0,
-                category_inverted: raw::PAGE_IS_FILE.into(),
-                category_mask: raw::PAGE_IS_FILE.into(),
-                category_anyof_mask: u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED),
-                return_mask: u64::from(raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED | raw::PAGE_IS_PFNZERO),
+                category_inverted: ask.none_of.into(),
+                category_mask: ask.none_of.into(),
+                category_anyof_mask: ask.any_of.into(),
+                return_mask: u64::from(ask.any_of | raw::PAGE_IS_PFNZERO),
             };
             // SAFETY: the argument and the array it names live through the call, which writes at most vec_len entries.
-            let answer = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN, &raw mut ask) };
+            let answer = unsafe { libc::ioctl(self.fd.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) };
             if answer < 0 {
                 let errno = std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO);
                 return Err(Errno::from_raw_os_error(errno));
             }
             for region in &regions[..answer as usize] {
-                if region.categories & u64::from(raw::PAGE_IS_PFNZERO) == 0 {
-                    for page in (region.start - base) / PAGE_SIZE as u64..(region.end - base) / PAGE_SIZE as u64 {
-                        found.set(page as u32);
-                    }
-                }
+                found(page(region.start)..page(region.end), region.categories);
             }
-            if ask.walk_end <= start {
+            if argument.walk_end <= start {
                 return Err(Errno::INVAL);
             }
-            start = ask.walk_end;
+            start = argument.walk_end;
         }
         Ok(())
     }
@@ -159,11 +191,21 @@ mod tests {
     use super::*;
     use crate::mapping::Mapping;
     use crate::protocol::Kind;
+    use rustix::mm::Advice;
 
     #[test]
     fn both_ways_find_the_same_pages() {
         let mapping = Mapping::create(1200, Kind::Private).unwrap();
         let view = mapping.view();
+        // SAFETY: the mapping made above; the advice changes no byte. A huge page would bring 512 pages with the one written.
+        unsafe {
+            rustix::mm::madvise(
+                view.page(Page(0)).cast_mut().cast(),
+                1200 * PAGE_SIZE,
+                Advice::LinuxNoHugepage,
+            )
+        }
+        .unwrap();
         for page in [0, 1, 63, 64, 511, 512, 700, 1199] {
             // SAFETY: a page of the mapping made above, which nobody else knows.
             unsafe { view.page(Page(page)).cast_mut().write_volatile(1) };
@@ -189,6 +231,32 @@ mod tests {
                 );
             }
         }
+        let whole = Span {
+            first: Page(0),
+            pages: 1200,
+        };
+        assert!(!pagemap.any_huge(&view, whole).unwrap());
+        mapping.unmap();
+    }
+
+    #[test]
+    fn huge_pages_are_told_apart() {
+        let mapping = Mapping::create(1200, Kind::Private).unwrap();
+        let view = mapping.view();
+        let start: *mut core::ffi::c_void = view.page(Page(0)).cast_mut().cast();
+        // SAFETY: the mapping made above, which nobody else knows.
+        let collapsed = unsafe {
+            start.cast::<u8>().write_volatile(1);
+            libc::madvise(start, 512 * PAGE_SIZE, libc::MADV_COLLAPSE) == 0
+        };
+        let pagemap = Pagemap::open().unwrap();
+        let span = |first, pages| Span {
+            first: Page(first),
+            pages,
+        };
+        // Where the kernel declines (no memory in one piece, no huge pages), there is none to be found.
+        assert_eq!(pagemap.any_huge(&view, span(100, 1)).unwrap(), collapsed);
+        assert!(!pagemap.any_huge(&view, span(1024, 176)).unwrap());
         mapping.unmap();
     }
 }

@@ -12,6 +12,7 @@ use crate::holds::{Holds, insert_range, remove_range};
 use crate::mapping::{Mapping, View};
 use crate::object::PAGE_SIZE;
 use crate::page_table::ClientTable;
+use crate::pagemap::Pagemap;
 use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
@@ -172,6 +173,20 @@ impl Region {
             protocol::merge_run(&self.words, &self.view, run, window.as_ref(), claims, verdicts)
                 .map_err(SysError::call("merge", "run"))
         })
+    }
+
+    /// Whether replacing the span's mapping would split a huge page. A kernel that cannot tell is taken to mean yes, where the
+    /// memory may be huge at all.
+    pub fn would_split(&self, span: Span, pagemap: &mut Option<Pagemap>) -> bool {
+        if !self.view.may_split(span) {
+            return false;
+        }
+        if pagemap.is_none() {
+            *pagemap = Pagemap::open().ok();
+        }
+        let any = |pagemap: &mut Pagemap| pagemap.any_huge(&self.view, span).ok();
+        self.open(|_| pagemap.as_mut().and_then(any).unwrap_or(true))
+            .unwrap_or(false)
     }
 
     /// Frees the home pages behind pages just merged, or takes the pages back if another address space maps the object.

@@ -5,6 +5,7 @@
 
 use super::sentinel::Sentinel;
 use crate::wire::{Bits, Failure, Range, Run, RunOutcome};
+use ksmrs_sys::pagemap::Pagemap;
 use ksmrs_sys::protocol::{Claims, Kind, MAX_RUN, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region;
 use ksmrs_sys::store::StoreFile;
@@ -34,6 +35,8 @@ pub(super) struct Desk {
     pane: Pane,
     verdicts: Box<[Verdict; MAX_RUN]>,
     sentinel: Sentinel,
+    /// Tells huge pages; opened when somebody first wants them whole.
+    pagemap: Option<Pagemap>,
     /// Whether a shared region ever showed a frame: then the fault handler matters.
     shared_merged: bool,
 }
@@ -58,6 +61,7 @@ impl Desk {
             pane: Pane::reserve()?,
             verdicts: Box::new([Verdict::Busy; MAX_RUN]),
             sentinel: Sentinel::new(),
+            pagemap: None,
             shared_merged: false,
         })
     }
@@ -107,8 +111,8 @@ impl Desk {
             .collect()
     }
 
-    /// Carries out a Map.
-    pub(super) fn map(&mut self, runs: &[Run], number: StoreNumber, store: &StoreFile) -> Mapped {
+    /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.
+    pub(super) fn map(&mut self, runs: &[Run], split: bool, number: StoreNumber, store: &StoreFile) -> Mapped {
         ksmrs_sys::take_ballast();
         let mut mapped = Mapped {
             outcomes: Vec::with_capacity(runs.len()),
@@ -134,6 +138,10 @@ impl Desk {
                         failure: Some(Failure::NotNow),
                     }
                 }
+                Some((region, span)) if !split && region.would_split(span, &mut self.pagemap) => RunOutcome {
+                    merged: Bits::None,
+                    failure: Some(Failure::WouldSplit),
+                },
                 Some((region, span)) => {
                     let run = MergeRun {
                         span,

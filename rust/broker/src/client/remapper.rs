@@ -408,7 +408,7 @@ impl Remapper {
                 let pages = pages.collect();
                 self.to_scanner(|link| Job::Stage { link, order, pages })
             }
-            ToClient::Map { order, runs } => self.map(order, &runs),
+            ToClient::Map { order, split, runs } => self.map(order, split, &runs),
             ToClient::Unmap { order, ranges, why: _ } => {
                 let unmapped = self.desk.unmap(&ranges);
                 self.report(&ToBroker::Unmapped { order, unmapped }, true);
@@ -486,7 +486,7 @@ impl Remapper {
         Ok(())
     }
 
-    fn map(&mut self, order: u32, runs: &[wire::Run]) -> Result<(), Error> {
+    fn map(&mut self, order: u32, split: bool, runs: &[wire::Run]) -> Result<(), Error> {
         let Some((number, store)) = self.session.as_ref().and_then(|session| session.store.as_ref()) else {
             return Ok(());
         };
@@ -500,7 +500,7 @@ impl Remapper {
             );
             return Ok(());
         }
-        let done = self.desk.map(runs, *number, store);
+        let done = self.desk.map(runs, split, *number, store);
         let report = ToBroker::Mapped {
             order,
             outcomes: done.outcomes,

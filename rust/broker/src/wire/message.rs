@@ -111,6 +111,8 @@ pub enum Failure {
     Gone,
     /// The client is giving up its merging, for instance within a fork.
     NotNow,
+    /// It would have split a huge page, which the order did not allow.
+    WouldSplit,
     /// Any other errno.
     Errno(i32),
 }
@@ -392,6 +394,8 @@ pub enum ToClient {
     Map {
         /// The order.
         order: u32,
+        /// Whether runs may split huge pages.
+        split: bool,
         /// Pages and frames.
         runs: Vec<Run>,
     },

@@ -312,7 +312,7 @@ impl FakeClient {
                     copied: Bits::All,
                 }
             }
-            ToClient::Map { order, runs } => {
+            ToClient::Map { order, runs, .. } => {
                 let outcomes = runs.iter().map(|run| self.map(run)).collect();
                 ToBroker::Mapped {
                     order,
