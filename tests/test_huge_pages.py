@@ -116,10 +116,12 @@ IN_THE_BACKGROUND = """
         return int(text.split("ShmemPmdMapped:")[1].split()[0]) << 10
     size = 32 << 20
     content = np.random.default_rng(3).integers(1, 256, size, np.uint8)
+    ksmrs.tunables.run = 0
     regions = [ksmrs.Region(size) for _ in range(2)]
     for region in regions:
         region.array(np.uint8, size)[:] = content
-    # Nobody asks for a merge: batches of the default size do it.
+    # Nobody asks for a merge, and no window is looked at half written: batches of the default size do it.
+    ksmrs.tunables.run = 1
     wait_for(lambda: ksmrs.process_stats().ksm_merging_pages == 2 * size // 4096, "merging in the background", 60)
     whole = ksmrs.stats().frames_huge
     assert whole == size >> 21, whole
