@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import array as _array
 import atexit
+import contextlib
 import gc
 import mmap
 import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ksmrs import _faulthandler, _ksmrs
-from ksmrs._errors import ArgumentError, ClosedRegionError, ForeignMemoryError, UnsupportedError
-from ksmrs._extent import extent
+from ksmrs._errors import ArgumentError, ClosedRegionError, ForeignMemoryError, SystemCallError, UnsupportedError
+from ksmrs._extent import extent, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
 MIN_BYTES = 64 * 1024
@@ -92,7 +94,8 @@ class _ExportHold(_Hold):
     def leaves_bytes_to_nobody(self) -> bool:
         """Whether its memory may be freed as it is; asked of what nobody else refers to."""
         assert self.view is not None
-        return type(self.view.obj) in _PLAIN_TYPES and weakref.getweakrefcount(self.view.obj) == 0
+        plain = type(self.view.obj) in _PLAIN_TYPES and weakref.getweakrefcount(self.view.obj) == 0
+        return plain and not any(region.shared for region in self.regions)
 
 
 def _references_of_an_export() -> int:
@@ -122,10 +125,15 @@ def collect() -> None:
     """Let go of whatever only ksmrs refers to any more."""
     for key, hold in list(_holds.items()):
         if isinstance(hold, _ExportHold) and hold.is_forgotten() and _holds.pop(key, None) is hold:
-            if hold.leaves_bytes_to_nobody():
-                hold.abandon()
-            else:
-                hold.give_back()
+            try:
+                if hold.leaves_bytes_to_nobody():
+                    hold.abandon()
+                else:
+                    hold.give_back()
+            except SystemCallError:
+                # No room for its bytes now: it is held on to until there is.
+                _holds[key] = hold
+                continue
             hold.let_go()
 
 
@@ -150,18 +158,23 @@ def _at_exit() -> None:
     _process.ending = True
     for hold in list(_holds.values()):
         for region in hold.regions:
+            if region.shared:
+                # Others may find its object. What has no room here is written back by the broker.
+                with contextlib.suppress(SystemCallError):
+                    region.give_back()
             region.retire()
 
 
 def _install() -> None:
     _faulthandler.install()
+    _leave_before_sending()
     if _after_collection not in gc.callbacks:
         gc.callbacks.append(_after_collection)
         atexit.register(_at_exit)
         os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]
 
 
-def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int) -> None:
+def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: bool) -> None:
     """Opt in the whole pages of a range of `buffer`: in place where no region has them yet, else again."""
     with _process.lock:
         collect()
@@ -186,10 +199,12 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int) -> None:
             raise UnsupportedError("the interpreter is ending: nothing is opted in any more")
         _install()
         key, hold = _held(owner, kind)
+        if hasattr(buffer, "close") and hasattr(buffer, "buf"):
+            _leave_before_close(buffer, key)
         made: list[_ksmrs.Adopted] = []
         try:
             for start, end in _gaps(*pages, touching):
-                made.append(_ksmrs.adopt(start, end - start))
+                made.append(_ksmrs.adopt(start, end - start, exclusive))
         except BaseException:
             for region in made:
                 region.give_back()
@@ -225,6 +240,45 @@ def unadvise(address: int, nbytes: int) -> None:
             if adopted:
                 _give_back(start, whole=part == (start, start + length))
         collect()
+
+
+def _leave_before_close(memory: Any, key: int) -> None:
+    """Make the `close` of a `SharedMemory` let go of its mapping first, which could not be closed while it is held."""
+    if "close" in vars(memory):
+        return
+    reference = weakref.ref(memory)
+
+    def close() -> None:
+        give_back_all(lambda held, _: held == key)
+        closing = reference()
+        if closing is not None:
+            type(closing).close(closing)
+
+    memory.close = close
+
+
+def _leave_before_sending() -> None:
+    """Opt arrays of `multiprocessing` out before the descriptor of their memory is sent to another process."""
+    heap, reduction = sys.modules.get("multiprocessing.heap"), sys.modules.get("multiprocessing.reduction")
+    if heap is None or reduction is None or not hasattr(heap, "reduce_arena"):
+        return
+
+    def reduce_arena(arena: Any) -> Any:
+        low, length = extent(arena.buffer)
+        give_back_all(lambda _, hold: any(low <= region.address < low + length for region in hold.regions))
+        return heap.reduce_arena(arena)
+
+    reduction.register(heap.Arena, reduce_arena)
+
+
+def give_back_all(chosen: Callable[[int, _Hold], bool]) -> None:
+    """End the regions of all holds that are chosen."""
+    with _process.lock:
+        for key, hold in list(_holds.items()):
+            if chosen(key, hold):
+                hold.give_back()
+                _holds.pop(key, None)
+                hold.let_go()
 
 
 def _give_back(address: int, whole: bool) -> None:
@@ -282,8 +336,7 @@ def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]
             raise ForeignMemoryError(
                 "the array does not say what its memory belongs to, so it cannot be held: copy it with ksmrs.array()"
             )
-    if hasattr(owner, "get_obj"):
-        owner = owner.get_obj()  # multiprocessing.Array
+    owner = unwrapped(owner)
     while isinstance(owner, memoryview):
         owner = owner.obj
     if isinstance(owner, _ksmrs.Region) and owner.closed:

@@ -23,15 +23,27 @@ MADV_UNMERGEABLE = 13
 
 
 def madvise(
-    buffer: Any, advice: int, start: int = 0, length: int | None = None, *, min_bytes: int = _adopt.MIN_BYTES
+    buffer: Any,
+    advice: int,
+    start: int = 0,
+    length: int | None = None,
+    *,
+    min_bytes: int = _adopt.MIN_BYTES,
+    exclusive: bool = False,
 ) -> int:
     """Opt the whole pages within `length` bytes of `buffer` from byte `start` on in or out of merging, in place.
 
-    `MADV_MERGEABLE` opts in: private memory that the program made (an ndarray however it came about, `mmap`, `bytearray`,
-    `bytes`, views of these) and memory of a `Region` that was opted out before. No address changes and views stay valid.
+    `MADV_MERGEABLE` opts in: memory that the program made (an ndarray however it came about, `mmap`, `bytearray`, `bytes`,
+    `SharedMemory`, `multiprocessing.Array`, views of these) and memory of a `Region` that was opted out before. No address
+    changes and views stay valid.
     While its pages take part an array cannot be resized and a `bytearray` or `mmap` neither resized nor closed
     (`BufferError`); memory that is dropped leaves by itself. `MADV_UNMERGEABLE` gives every page memory of its own before it
     returns and keeps it out; memory that is out as a whole is again as its owner made it. That needs no broker.
+
+    Shared memory merges while this process is the only one that has it. A named object is guarded by a write lease: whoever
+    opens it waits until all its bytes are in it, and merging ends until it is closed again. `process_stats().not_merging` says
+    what does not merge, and why. Before its descriptor is given to another process, mapped again, or read or written through,
+    opt it out. A memfd merges only if `exclusive` says that nobody else has a descriptor of it.
 
     Pages merge only with pages of equal bytes, so equal data must begin at equal offsets within a page: returns that offset of
     the buffer's first byte, its *phase* (0 for `ksmrs.array`, 16 for large arrays of NumPy's own).
@@ -55,7 +67,7 @@ def madvise(
         raise ArgumentError(f"length {count} is negative")
     count = min(count, nbytes - first)
     if advice == MADV_MERGEABLE:
-        _adopt.adopt(buffer, address + first, count, operator.index(min_bytes))
+        _adopt.adopt(buffer, address + first, count, operator.index(min_bytes), bool(exclusive))
     else:
         _adopt.unadvise(address + first, count)
     return address % _adopt.PAGE_SIZE

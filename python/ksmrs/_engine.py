@@ -95,6 +95,8 @@ class ProcessStats:
     """Memory that this program made and opted in."""
     out_of_phase_bytes: int = 0
     """How much of it belongs to buffers that begin within a page; it merges only with buffers that begin likewise."""
+    not_merging: tuple[str, ...] = ()
+    """Shared memory that does not merge now, and why: one sentence for each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +150,11 @@ def stats() -> Stats:
 def process_stats() -> ProcessStats:
     """Return the counters of this process; never starts a broker."""
     adopted, out_of_phase = _adopt.bytes_now()
-    own = {"adopted_bytes": adopted, "out_of_phase_bytes": out_of_phase}
+    own = {
+        "adopted_bytes": adopted,
+        "out_of_phase_bytes": out_of_phase,
+        "not_merging": tuple(_ksmrs.not_merging()),
+    }
     return _counters(ProcessStats, _ksmrs.process_stats() | own)
 
 

@@ -30,6 +30,10 @@ class SystemCallError(KsmrsError, OSError):
     """The operating system said no; `errno` says how, as with every OSError."""
 
 
+class NameExistsError(SystemCallError, FileExistsError):
+    """A region was to be made under a name that an object has already."""
+
+
 class BrokerError(KsmrsError, ConnectionError):
     """The broker cannot be started or reached, or it refused; memory and its contents are not affected."""
 

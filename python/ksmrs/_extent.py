@@ -10,10 +10,28 @@ import sys
 from typing import Any
 
 from ksmrs import _ksmrs
+from ksmrs._errors import ClosedRegionError
+
+
+def unwrapped(buffer: Any) -> Any:
+    """The buffer of what only has one: `SharedMemory`, and the arrays of `multiprocessing` with their locks."""
+    if hasattr(buffer, "get_obj"):
+        return buffer.get_obj()
+    module = sys.modules.get("multiprocessing.shared_memory")
+    if module is not None and isinstance(buffer, module.SharedMemory):
+        if buffer.buf is None:
+            raise ClosedRegionError("the SharedMemory was closed")
+        return buffer.buf
+    return buffer
 
 
 def extent(buffer: Any) -> tuple[int, int]:
     """First address and number of bytes."""
+    buffer = unwrapped(buffer)
+    ctypes = sys.modules.get("ctypes")
+    if ctypes is not None and isinstance(buffer, ctypes.Array | ctypes.Structure):
+        # Their buffers do not tell strides.
+        return ctypes.addressof(buffer), ctypes.sizeof(buffer)
     numpy = sys.modules.get("numpy")
     if numpy is None or not isinstance(buffer, numpy.ndarray):
         return _ksmrs.extent(buffer)

@@ -5,13 +5,18 @@ Relies on `_ksmrs.Region` for the memory, its buffer exports and its end; adds a
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import errno
 import math
 import operator
+import os
+import weakref
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from ksmrs import _faulthandler, _ksmrs
-from ksmrs._errors import ArgumentError, ClosedRegionError, DtypeError
+from ksmrs._errors import ArgumentError, ClosedRegionError, DtypeError, NameExistsError, SystemCallError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -20,6 +25,17 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
+
+
+_named: weakref.WeakSet[Region] = weakref.WeakSet()
+"""Regions whose object others may look for after this process."""
+
+
+def _leave_named() -> None:
+    for region in list(_named):
+        # What has no room in its object now is written back by the broker.
+        with contextlib.suppress(SystemCallError):
+            region.leave()
 
 
 class PageState(IntEnum):
@@ -43,19 +59,50 @@ class Region(_ksmrs.Region):
     """`nbytes` bytes of zeroed, mergeable memory, 2 MiB-aligned, opted in at once.
 
     `shared=False` is private anonymous memory, as NumPy's own; `shared=True` is a memory object (memfd) whose space is
-    reserved here. The region offers the buffer protocol (writable bytes). As a context manager it closes at the end.
+    reserved here; with a `name` ("/x") it is a new POSIX shared memory object, which other programs open by that name, which
+    lives on after the region with all its bytes, and which ksmrs never unlinks (`posix_ipc.unlink_shared_memory` does). The
+    region offers the buffer protocol (writable bytes). As a context manager it closes at the end.
 
-    Raises `ArgumentError` (a ValueError) for an impossible size and `SystemCallError` (an OSError) with ENOMEM or ENOSPC
-    where there is no room.
+    Raises `ArgumentError` (a ValueError) for an impossible size, `SystemCallError` (an OSError) with ENOMEM or ENOSPC where
+    there is no room, and `NameExistsError` (a FileExistsError) where the name is taken.
     """
 
-    def __new__(cls, nbytes: int, shared: bool = False) -> Self:
+    name: str | None
+    """Of the POSIX object that it is made of, if it has one."""
+
+    def __new__(cls, nbytes: int, shared: bool = False, name: str | None = None) -> Self:
         """Make the memory; merging starts by itself."""
         count = operator.index(nbytes)
         if not 0 < count <= _ksmrs.MAX_NBYTES:
             raise ArgumentError(f"a region of {count} bytes: must be between 1 and {_ksmrs.MAX_NBYTES}")
         _faulthandler.install()
-        return super().__new__(cls, count, bool(shared))
+        made = super().__new__(cls, count, bool(shared)) if name is None else cls._named(count, name)
+        made.name = name
+        return made
+
+    @classmethod
+    def _named(cls, nbytes: int, name: str) -> Self:
+        import posix_ipc  # noqa: PLC0415 (only for those who name regions)
+
+        whole = -(-nbytes // PAGE_SIZE) * PAGE_SIZE
+        try:
+            memory = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=whole)
+        except posix_ipc.ExistentialError:
+            raise NameExistsError(errno.EEXIST, f"{os.strerror(errno.EEXIST)}: open it by its name", name) from None
+        except (ValueError, OSError) as refused:
+            raise ArgumentError(f"name {name!r}: {refused}") from None
+        try:
+            made = super().__new__(cls, nbytes, True, memory.fd)
+        except BaseException:
+            memory.close_fd()
+            memory.unlink()
+            raise
+        # Its lease is taken on this descriptor; whoever closes it earlier gets a region that does not merge.
+        weakref.finalize(made, memory.close_fd)
+        if not _named:
+            atexit.register(_leave_named)
+        _named.add(made)
+        return made
 
     def array(self, dtype: DTypeLike, shape: int | tuple[int, ...], offset: int = 0) -> np.ndarray[Any, Any]:
         """Return an ndarray over the region's bytes from `offset` on; it keeps the region's memory alive.
@@ -97,4 +144,5 @@ class Region(_ksmrs.Region):
 
     def __repr__(self) -> str:
         kind = "shared" if self.shared else "private"
-        return f"<ksmrs.Region {self.nbytes} bytes, {kind}{', closed' if self.closed else ''}>"
+        name = f", named {self.name}" if self.name is not None else ""
+        return f"<ksmrs.Region {self.nbytes} bytes, {kind}{name}{', closed' if self.closed else ''}>"

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! A client is *connected* while its socket is open, *departed* after, and *gone* when all its life pages took the seal; only
-//! then are its frames free. Whatever a client does wrong ends its own connection and is logged.
+//! then are its frames free (`departed.rs`). Whatever a client does wrong ends its own connection and is logged.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,8 +17,9 @@ use ksmrs_sys::peer::{Listener, Peer, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use crate::departed::{Departed, Found};
 use crate::domain::Domain;
-use crate::lives::Lives;
+use crate::objects::Objects;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
 use crate::wire::{Answer, BrokerEnd, Message, Question, ReceiveBuffer, Status, ToBroker, ToClient};
@@ -33,13 +34,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Store numbers fit 8 bits, and 0 is none.
 const STORE_NUMBERS: std::ops::RangeInclusive<u8> = 1..=255;
 
-/// A client whose socket is closed, but whose frames may still be shown.
-struct Departed {
-    id: ClientId,
-    domain: String,
-    lives: Lives,
-}
-
 /// Everything that a broker holds.
 pub(crate) struct Conductor {
     started: Instant,
@@ -47,6 +41,7 @@ pub(crate) struct Conductor {
     sessions: BTreeMap<u32, Session>,
     departed: Vec<Departed>,
     domains: BTreeMap<String, Domain>,
+    objects: Objects,
     last_client: u32,
     store_slots: Option<u32>,
     accept_again: Option<Duration>,
@@ -61,6 +56,7 @@ impl Conductor {
             sessions: BTreeMap::new(),
             departed: Vec::new(),
             domains: BTreeMap::new(),
+            objects: Objects::default(),
             last_client: 0,
             store_slots,
             accept_again: None,
@@ -90,7 +86,7 @@ impl Conductor {
         let mut alone_since = Some(self.now());
         loop {
             let mut wake = self.turn();
-            if self.sessions.is_empty() {
+            if self.sessions.is_empty() && !self.owes_pages() {
                 let since = *alone_since.get_or_insert(self.now());
                 if self.listener.is_none() || self.now() >= since + idle {
                     return Ok(());
@@ -118,6 +114,7 @@ impl Conductor {
             wake = earliest(wake, domain.answer_merges(now, &mut self.sessions));
         }
         wake = earliest(wake, self.ask_lives());
+        wake = earliest(wake, self.recall());
         let offenders: Vec<(u32, Offence)> = self
             .sessions
             .iter_mut()
@@ -130,6 +127,25 @@ impl Conductor {
             self.drop_client(id, Some(&offence));
         }
         earliest(wake, self.accept_again)
+    }
+
+    /// Whether pages of a departed client are still to be written back to its objects.
+    fn owes_pages(&self) -> bool {
+        self.departed.iter().any(|departed| self.objects.are_of(departed.id.0))
+    }
+
+    /// Tells clients of whose objects somebody waits to open; returns when to ask for that next.
+    fn recall(&mut self) -> Option<Duration> {
+        for (client, region) in self.objects.recalls(self.now()) {
+            tracing::info!(client, region, "somebody opens its object: its pages go home");
+            if let Some(session) = self.sessions.get_mut(&client)
+                && let Err(offence) = session.send(&ToClient::Recall { region }, None)
+            {
+                // Found again when the session is flushed, and dropped there.
+                tracing::debug!(client, %offence, "recall not sent");
+            }
+        }
+        self.objects.next_watch()
     }
 
     /// Asks about life pages whose time has come; returns when to ask next.
@@ -146,24 +162,15 @@ impl Conductor {
             }
             wake = earliest(wake, session.lives.next_poll(true));
         }
-        let domains = &mut self.domains;
+        let (domains, objects) = (&mut self.domains, &mut self.objects);
         self.departed.retain_mut(|departed| {
-            let sealed = departed.lives.poll(false, now);
             let Some(domain) = domains.get_mut(&departed.domain) else {
                 return false;
             };
-            if departed.lives.are_over() {
-                tracing::info!(client = departed.id.0, "gone; nothing shows its frames");
-                domain.core.client_gone(departed.id);
-                released = true;
-                return false;
-            }
-            if let Some(epoch) = sealed {
-                domain.core.sealed(departed.id, Epoch(epoch));
-                released = true;
-            }
-            wake = earliest(wake, departed.lives.next_poll(false));
-            true
+            let found = departed.look(now, domain, objects);
+            released |= !matches!(found, Found::Waiting);
+            wake = earliest(wake, departed.next_look(objects));
+            !matches!(found, Found::Gone)
         });
         if released { Some(now) } else { wake }
     }
@@ -262,17 +269,13 @@ impl Conductor {
         if let Some(domain) = self.domains.get_mut(&name) {
             domain.lost(&session);
         }
-        session.lives.hurry(self.started.elapsed());
-        self.departed.push(Departed {
-            id: session.id,
-            domain: name,
-            lives: session.lives,
-        });
+        self.departed.push(Departed::new(session, name, self.started.elapsed()));
     }
 
     fn hear(&mut self, id: u32, message: ToBroker, fd: Option<OwnedFd>) -> Result<(), Offence> {
         let now = self.now();
         let name = message.name();
+        let embedded = self.listener.is_none();
         if let ToBroker::Hello {
             release,
             domain,
@@ -340,15 +343,34 @@ impl Conductor {
                         pages,
                         position,
                         flags: _,
-                    } => match domain.join(session, region, kind, (first_word, pages), position) {
-                        Ok(()) => session.send(&ToClient::Joined { region }, None),
-                        Err(reason) => {
-                            tracing::warn!(client = id, region, reason, "region refused");
-                            session.send(&ToClient::Refused { region, reason }, None)
+                        object,
+                    } => {
+                        let slice = (first_word, pages);
+                        let leased = match (object, fd) {
+                            (Some(_), _) if session.regions.contains_key(&region) => Err(format!("region {region} has joined already")),
+                            (Some(_), _) if embedded => Err(
+                                "an embedded broker ends with its client, and nobody would write the object's pages back".to_owned(),
+                            ),
+                            (Some(object), Some(fd)) => {
+                                let pid = session.credentials.pid;
+                                let departed = self.departed.iter();
+                                let was = |client| pid != 0 && departed.clone().any(|other| other.id.0 == client && other.pid == pid);
+                                self.objects.join(id, region, slice, object, fd, was)
+                            }
+                            _ => Ok(()),
+                        };
+                        match leased.and_then(|()| domain.join(session, region, kind, slice, position)) {
+                            Ok(()) => session.send(&ToClient::Joined { region }, None),
+                            Err(reason) => {
+                                self.objects.leave(id, region);
+                                tracing::warn!(client = id, region, reason, "region refused");
+                                session.send(&ToClient::Refused { region, reason }, None)
+                            }
                         }
-                    },
+                    }
                     ToBroker::Leave { region } => {
                         domain.leave(session, region)?;
+                        self.objects.leave(id, region);
                         session.send(&ToClient::Left { region }, None)
                     }
                     ToBroker::Scanned { order, counts } => {

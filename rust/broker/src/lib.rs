@@ -1,16 +1,18 @@
 //! *broker* conducts: it carries words and memory between clients and `ksmrs-core`, which decides.
 //!
 //! `wire.rs` is what both sides speak and `runtime_dir.rs` where they meet. The broker: `serve.rs` starts it, `conduct.rs` is its
-//! loop, `session.rs` and `lives.rs` are what it knows of a client, `domain.rs`, `answers.rs` and `questions.rs` stand between
-//! clients and core, `sweep.rs` keeps the store small, `offence.rs` says why a client is dropped. It relies on `ksmrs-sys` for
+//! loop, `session.rs`, `lives.rs` and `departed.rs` are what it knows of a client, `domain.rs`, `answers.rs` and `questions.rs` stand between
+//! clients and core, `objects.rs` keeps named objects whole, `sweep.rs` keeps the store small, `offence.rs` says why a client is dropped. It relies on `ksmrs-sys` for
 //! everything that touches the kernel and trusts no client.
 #![forbid(unsafe_code)]
 
 mod answers;
 pub mod client;
 mod conduct;
+mod departed;
 mod domain;
 mod lives;
+mod objects;
 mod offence;
 mod questions;
 pub mod runtime_dir;

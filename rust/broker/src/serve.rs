@@ -170,7 +170,7 @@ pub fn start_daemon(options: &BrokerOptions) -> Result<i32, BrokerError> {
     match daemon::detach()? {
         Side::Launcher(status) => Ok(status),
         Side::Daemon(report) => {
-            raise_descriptor_limit();
+            raise_limits();
             let status = match run_broker(&options, || report.success()) {
                 Ok(_) => 0,
                 Err(_) => 1,
@@ -180,12 +180,15 @@ pub fn start_daemon(options: &BrokerOptions) -> Result<i32, BrokerError> {
     }
 }
 
-/// A client is a socket and a few life pages; the usual soft limit of 1024 is soon reached.
-fn raise_descriptor_limit() {
-    let mut limit = rustix::process::getrlimit(Resource::Nofile);
-    limit.current = limit.maximum;
-    // Where it cannot be raised it stays; accepting pauses when descriptors run out.
-    let _ = rustix::process::setrlimit(Resource::Nofile, limit);
+/// A client is a socket and a few life pages, and the usual soft limit of 1024 is soon reached; and whoever started this broker may
+/// have limited its own files to less than another's objects.
+fn raise_limits() {
+    for resource in [Resource::Nofile, Resource::Fsize] {
+        let mut limit = rustix::process::getrlimit(resource);
+        limit.current = limit.maximum;
+        // Where it cannot be raised it stays; accepting pauses when descriptors run out.
+        let _ = rustix::process::setrlimit(resource, limit);
+    }
 }
 
 /// Serves one client over its socket, in a thread of that client, until it closes the socket.

@@ -61,6 +61,8 @@ pub(crate) struct Session {
     pub(crate) id: ClientId,
     pub(crate) connection: BrokerEnd,
     pub(crate) credentials: Credentials,
+    /// Tells of its process's end; absent where the kernel does not know the process by that number.
+    pub(crate) process: Option<OwnedFd>,
     pub(crate) phase: Phase,
     pub(crate) domain: Option<String>,
     /// What this client's words call the domain's store.
@@ -86,10 +88,13 @@ impl Session {
                 ours,
             });
         }
+        let process = rustix::process::Pid::from_raw(credentials.pid as i32)
+            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
         Ok(Session {
             id,
             connection,
             credentials,
+            process,
             phase: Phase::Silent,
             domain: None,
             store: StoreNumber(0),

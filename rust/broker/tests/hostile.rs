@@ -342,6 +342,7 @@ fn regions_outside_the_table_or_over_others_are_refused() {
             pages,
             position: 0,
             flags: 0,
+            object: None,
         });
         let answer = client.work_until(|message| matches!(message, ToClient::Refused { .. } | ToClient::Joined { .. }));
         let ToClient::Refused { reason, .. } = answer else {

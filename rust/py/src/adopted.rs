@@ -41,6 +41,12 @@ impl Adopted {
         self.memory.region.len()
     }
 
+    /// Whether it is shared memory, whose object may outlive it.
+    #[getter]
+    fn shared(&self) -> bool {
+        matches!(self.memory.region.kind(), client::Kind::Shared)
+    }
+
     /// Whether every page of it was opted out.
     #[getter]
     fn unadvised(&self) -> bool {
@@ -59,10 +65,11 @@ impl Adopted {
         Ok(())
     }
 
-    /// Lets go of memory that is being freed, without copying its bytes; once more does nothing.
-    fn abandon(&self, py: Python<'_>) {
+    /// Lets go of memory that is being freed: private memory without its bytes, shared memory with them; once more does nothing.
+    fn abandon(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.memory.region.abandon()).into_python(py)?;
         self.memory.close();
-        py.detach(|| self.memory.region.abandon());
+        Ok(())
     }
 
     /// No thread of ksmrs touches it from now on; it stays as it is. For the end of the interpreter.

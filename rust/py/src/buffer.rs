@@ -54,16 +54,16 @@ impl Region {
     }
 }
 
-/// Opts in private memory that the program made: whole pages, in place. `_adopt.py` holds whatever the memory belongs to before it
+/// Opts in memory that the program made, private or shared: whole pages, in place. `_adopt.py` holds whatever the memory belongs to before it
 /// calls this, and until the answer has been given back or abandoned.
 #[pyfunction]
 #[allow(unsafe_code)]
-pub fn adopt(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Adopted> {
+pub fn adopt(py: Python<'_>, address: usize, nbytes: usize, exclusive: bool) -> PyResult<Adopted> {
     let adopted = py.detach(|| {
         // SAFETY: the caller holds an export of the buffer, or a weak reference to an array that owns it and tells before it is
         // freed: neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
         // back (mprotect, mremap through ctypes) cannot be excluded; the documentation of `madvise` names it.
-        let foreign = unsafe { Foreign::private(address..address + nbytes) }?;
+        let foreign = unsafe { Foreign::look(address..address + nbytes, exclusive) }?;
         client::Region::adopt(foreign)
     });
     Ok(Adopted::new(adopted.into_python(py)?))

@@ -88,6 +88,12 @@ pub fn process_stats(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     py.detach(client::process_stats).into_python(py)?.into_py_dict(py)
 }
 
+/// Why regions of this process do not merge, one sentence each.
+#[pyfunction]
+pub fn not_merging() -> Vec<String> {
+    client::not_merging()
+}
+
 /// How the broker is, or `None` where there is none; never starts one.
 #[pyfunction]
 pub fn status(py: Python<'_>) -> PyResult<Option<Bound<'_, PyDict>>> {

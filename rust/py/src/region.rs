@@ -58,10 +58,18 @@ impl Region {
 #[pymethods]
 impl Region {
     #[new]
-    #[pyo3(signature = (nbytes, shared = false))]
-    fn new(py: Python<'_>, nbytes: usize, shared: bool) -> PyResult<Region> {
-        let kind = if shared { Kind::Shared } else { Kind::Private };
-        let region = py.detach(|| client::Region::new(nbytes, kind)).into_python(py)?;
+    #[pyo3(signature = (nbytes, shared = false, object = None))]
+    fn new(py: Python<'_>, nbytes: usize, shared: bool, object: Option<i32>) -> PyResult<Region> {
+        let kind = if shared || object.is_some() {
+            Kind::Shared
+        } else {
+            Kind::Private
+        };
+        let made = py.detach(|| match object {
+            None => client::Region::new(nbytes, kind),
+            Some(number) => client::Region::named(nbytes, number),
+        });
+        let region = made.into_python(py)?;
         let memory = Mutex::new(Some(Memory::new(region)));
         Ok(Region {
             memory,

@@ -4,7 +4,7 @@
 //! is not touched by that. Call it first thing in a thread, before anything is opened. It never closes a descriptor of the
 //! program: the closing happens in the thread's own copy.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 
@@ -45,6 +45,26 @@ pub fn unshare_table_keeping(kept: &[BorrowedFd<'_>]) -> Result<(), SysError> {
         from = number + 1;
     }
     Ok(())
+}
+
+/// A copy of a descriptor of the program's, known by its number only.
+///
+/// # Errors
+/// EBADF if the number means nothing.
+pub fn copy_of(number: RawFd) -> Result<OwnedFd, SysError> {
+    const LOWEST: libc::c_int = 3;
+    // SAFETY: makes a new descriptor or fails; the number is only looked up.
+    let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, LOWEST) };
+    if copy < 0 {
+        let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::BADF);
+        return Err(SysError::Call {
+            call: "fcntl(F_DUPFD_CLOEXEC)",
+            what: "the object's descriptor",
+            errno,
+        });
+    }
+    // SAFETY: made just above, and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(copy) })
 }
 
 fn close_range(first: u32, last: u32, flags: libc::c_int) -> Result<(), SysError> {

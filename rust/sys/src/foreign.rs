@@ -3,9 +3,11 @@
 //! A [`Foreign`] is a promise (somebody keeps this range mapped) together with a look at what the range is (`maps.rs`). Whatever
 //! the merging protocol would not give back as it found it is refused here, with the reason, before anything is changed.
 
+use crate::careful;
 use crate::error::SysError;
 use crate::maps::{self, Mapped};
-use crate::object::PAGE_SIZE;
+use crate::object::{self, PAGE_SIZE};
+use crate::sharers::ObjectId;
 use rustix::mm::Advice;
 use std::ops::Range;
 
@@ -42,7 +44,19 @@ pub(crate) struct Advised {
     pub(crate) advice: Advice,
 }
 
-/// Private anonymous memory of the program, looked at and found fit.
+/// The object behind shared memory of the program's own making.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// What the kernel knows it by.
+    pub id: ObjectId,
+    /// Where in it the region begins, in bytes.
+    pub offset: u64,
+    /// Whether it can be opened by a name, so that a lease must guard it. (The kernel leases no memfd; of those the program says that
+    /// nobody else has them.)
+    pub opens: bool,
+}
+
+/// Memory of the program, private and anonymous or of one shared object, looked at and found fit.
 #[derive(Debug)]
 pub struct Foreign {
     pub(crate) address: usize,
@@ -50,10 +64,17 @@ pub struct Foreign {
     pub(crate) advised: Vec<Advised>,
     /// Whether it may be made of huge pages.
     pub(crate) huge: bool,
+    /// What shared memory is made of.
+    pub(crate) object: Option<Object>,
 }
 
 impl Foreign {
-    /// Looks at whole pages of the program's own private memory.
+    /// Its addresses.
+    pub(crate) fn range(&self) -> Range<usize> {
+        self.address..self.address + self.pages as usize * PAGE_SIZE
+    }
+
+    /// Looks at whole pages of the program's own memory. `exclusive` says that nobody else was given a descriptor of a memfd.
     ///
     /// # Errors
     /// [`SysError::Unfit`] with the mapping and the reason.
@@ -61,7 +82,7 @@ impl Foreign {
     /// # Safety
     /// From now until the region made of it has left, whoever owns `range` keeps it mapped, unmoved and with the access it
     /// has now; nothing else replaces parts of it. Its bytes may be read and written by anybody.
-    pub unsafe fn private(range: Range<usize>) -> Result<Foreign, SysError> {
+    pub unsafe fn look(range: Range<usize>, exclusive: bool) -> Result<Foreign, SysError> {
         let whole = range.start.is_multiple_of(PAGE_SIZE) && range.end.is_multiple_of(PAGE_SIZE);
         let pages = u32::try_from(range.len() / PAGE_SIZE).ok();
         let nowhere = |reason| SysError::Unfit {
@@ -72,16 +93,22 @@ impl Foreign {
             .filter(|pages| whole && *pages > 0)
             .ok_or_else(|| nowhere("it is not a number of whole pages"))?;
         let mut advised = Vec::new();
+        let mut first: Option<Mapped> = None;
         let (mut next, mut huge) = (range.start, false);
         for mapped in maps::over(range.clone())? {
             if mapped.range.start > next {
                 break;
             }
             next = mapped.range.end;
-            is_fit(&mapped).map_err(|reason| SysError::Unfit {
+            let unfit = |reason| SysError::Unfit {
                 mapping: mapped.describe(),
                 reason,
-            })?;
+            };
+            is_fit(&mapped, exclusive).map_err(unfit)?;
+            match &first {
+                None => first = Some(mapped.clone()),
+                Some(first) => continues(first, &mapped).map_err(unfit)?,
+            }
             let bytes = mapped.range.start.max(range.start) - range.start..next.min(range.end) - range.start;
             for (flag, advice) in ADVICE.into_iter().filter(|(flag, _)| mapped.has(flag)) {
                 let bytes = bytes.clone();
@@ -92,33 +119,95 @@ impl Foreign {
         if next < range.end {
             return Err(nowhere("parts of it are not mapped"));
         }
+        let object = first
+            .filter(|first| first.shared)
+            .map(|first| object_at(&first, range.start));
+        if object.is_some() && !(careful::is_there(range.start) && careful::is_there(range.end - PAGE_SIZE)) {
+            return Err(nowhere("its object ends before it does"));
+        }
         Ok(Foreign {
             address: range.start,
             pages,
             advised,
             huge,
+            object,
         })
     }
 }
 
-/// What the range is, for whoever must decide how to adopt it: whether all of it is private anonymous memory.
-///
-/// # Errors
-/// As for [`maps::over`].
-pub fn is_private(range: Range<usize>) -> Result<bool, SysError> {
-    Ok(maps::over(range)?.iter().all(is_anonymous))
+/// How the kernel shows mappings of shared anonymous memory, which has no name and cannot be opened.
+const SHARED_ANONYMOUS: &str = "/dev/zero (deleted)";
+const MEMFD: &str = "/memfd:";
+
+fn object_at(mapped: &Mapped, address: usize) -> Object {
+    Object {
+        id: ObjectId {
+            device: rustix::fs::makedev(mapped.device.0, mapped.device.1),
+            inode: mapped.inode,
+        },
+        offset: mapped.offset + (address - mapped.range.start) as u64,
+        opens: mapped.path != SHARED_ANONYMOUS && !mapped.path.starts_with(MEMFD),
+    }
 }
 
-fn is_anonymous(mapped: &Mapped) -> bool {
-    !mapped.shared && mapped.inode == 0
+/// Whether two mappings in a row can be one region: both private, or the same object going on. The home view is made from the
+/// first one and takes its advice, so a shared region has the same advice everywhere.
+fn continues(first: &Mapped, mapped: &Mapped) -> Result<(), &'static str> {
+    if first.shared != mapped.shared {
+        return Err("a part of the range is shared, another private");
+    }
+    if !mapped.shared {
+        return Ok(());
+    }
+    let distance = (mapped.range.start - first.range.start) as u64;
+    if (first.device, first.inode, first.offset + distance) != (mapped.device, mapped.inode, mapped.offset) {
+        return Err("it is made of several objects, or of one out of order");
+    }
+    if ADVICE.iter().any(|(flag, _)| first.has(flag) != mapped.has(flag)) {
+        return Err("its parts were advised differently");
+    }
+    Ok(())
 }
 
-fn is_fit(mapped: &Mapped) -> Result<(), &'static str> {
+/// The device that shared anonymous memory lives on, and memfds with it: a mount of the kernel's own.
+fn internal_device() -> Option<(u32, u32)> {
+    let device = rustix::fs::fstat(object::create("ksmrs-probe", 0).ok()?).ok()?.st_dev;
+    Some((rustix::fs::major(device), rustix::fs::minor(device)))
+}
+
+/// Whether a shared mapping is of memory that can be merged: shared anonymous, a memfd, or a file on tmpfs. Which it is shows in its
+/// path and device; a lease, or the file system's own number, proves it before anything merges.
+fn is_memory(mapped: &Mapped, exclusive: bool) -> Result<(), &'static str> {
+    if Some(mapped.device) == internal_device() {
+        return match mapped.path.as_str() {
+            SHARED_ANONYMOUS => Ok(()),
+            path if path.starts_with(MEMFD) && exclusive => Ok(()),
+            path if path.starts_with(MEMFD) => {
+                Err("it is a memfd, which others may have a descriptor of; say exclusive=True if nobody has")
+            }
+            _ => Err("it is System V shared memory or the like, which others may attach unseen"),
+        };
+    }
+    if is_on_tmpfs(&mapped.path) {
+        Ok(())
+    } else {
+        Err("it is a mapping of a file; copy it with ksmrs.array()")
+    }
+}
+
+/// Whether a path, which may have been unlinked, lies on a tmpfs.
+fn is_on_tmpfs(path: &str) -> bool {
+    let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
+    rustix::fs::statfs(if folder.is_empty() { "/" } else { folder })
+        .is_ok_and(|system| system.f_type as u64 == object::TMPFS_MAGIC)
+}
+
+fn is_fit(mapped: &Mapped, exclusive: bool) -> Result<(), &'static str> {
     if mapped.inode != 0 && !mapped.shared {
         return Err("it is a private mapping of a file; copy it with ksmrs.array()");
     }
     if mapped.shared {
-        return Err("it is shared memory");
+        is_memory(mapped, exclusive)?;
     }
     if mapped.executable {
         return Err("it is executable");

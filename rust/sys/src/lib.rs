@@ -3,8 +3,10 @@
 //! It relies on Linux with 4 KiB pages and knows nothing of scanning or trees; it never decides what merges. Safe functions
 //! take mappings that ksmrs owns, never bare addresses, so that the crates above forbid unsafe code.
 
+mod aligned;
 mod ballast;
 mod bytes;
+mod careful;
 pub mod checksum;
 pub mod daemon;
 pub mod descriptors;
@@ -15,6 +17,7 @@ pub mod fork;
 mod futex;
 mod gate;
 mod holds;
+pub mod lease;
 pub mod life;
 mod mapping;
 pub mod maps;
@@ -24,9 +27,11 @@ pub mod page_table;
 pub mod pagemap;
 pub mod peer;
 pub mod protocol;
+mod recall;
 pub mod region;
 mod registry;
 pub mod scan;
+pub mod sharers;
 pub mod sigmask;
 pub mod signal;
 pub mod staging;

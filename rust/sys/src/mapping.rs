@@ -10,16 +10,19 @@
 //!   home   [ own ][ own ][  hole   ][  hole   ][ own ]      shared regions: the object, never remapped, never protected
 //! ```
 
+use crate::aligned::Aligned;
 use crate::error::SysError;
-use crate::foreign::{Advised, Foreign};
+use crate::foreign::{Advised, Foreign, Object};
 use crate::object::{self, EXTENT_SIZE, PAGE_SIZE};
 use crate::protocol::{Access, Kind, Memory, Page, Span};
+use crate::sharers::ObjectId;
 use crate::staging::Staging;
 use crate::window::Window;
-use crate::{ballast, bytes, signal};
+use crate::{ballast, bytes, careful, signal};
 use core::ffi::c_void;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 
 const READ_WRITE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
@@ -36,6 +39,8 @@ pub(crate) struct View {
     kind: Kind,
     /// Whether its own memory may be huge pages, which partial replacement must split first.
     huge: bool,
+    /// Whether its object may be cut short, so that mapped reads of it are not safe.
+    vanishing: bool,
 }
 
 impl View {
@@ -82,17 +87,28 @@ impl View {
         self.range(Span::one(page)).0.cast()
     }
 
-    /// Copies a page out of the view, whatever is written meanwhile. Only for pages that are backed or may become so: the object
-    /// is ours, sized for good, so nothing can vanish.
+    /// Whether mapped reads of it might end in a SIGBUS: then `careful.rs` has to read it.
+    pub(crate) fn is_vanishing(&self) -> bool {
+        self.vanishing
+    }
+
+    /// Copies a page out of the view, whatever is written meanwhile. Only for pages that are backed or may become so.
     pub(crate) fn copy_out(&self, page: Page, into: &mut [u8; PAGE_SIZE]) {
+        debug_assert!(!self.vanishing, "this memory is to be read with care");
         // SAFETY: the page is inside the view, which is always mapped readable while the region lives, and its object can't shrink.
         unsafe { bytes::copy_out(self.page(page), into) }
     }
 
-    /// Copies a page into the staging area, whatever is written meanwhile.
-    pub(crate) fn stage(&self, page: Page, staging: &Staging, index: u32) {
-        // SAFETY: as for `copy_out`; the staging page is good for a page of writes, and never a region's.
-        unsafe { bytes::copy_to(self.page(page), staging.page_pointer(index)) }
+    /// Copies a page into the staging area, whatever is written meanwhile; false if it is there no more.
+    pub(crate) fn stage(&self, page: Page, staging: &Staging, index: u32) -> bool {
+        // SAFETY: as for `copy_out`, where it cannot vanish; the staging page is good for a page of writes, and never a region's.
+        unsafe {
+            if self.vanishing {
+                return careful::copy_to(self.page(page), staging.page_pointer(index), PAGE_SIZE) == PAGE_SIZE;
+            }
+            bytes::copy_to(self.page(page), staging.page_pointer(index));
+        }
+        true
     }
 
     /// The same view with an area to assemble plain memory in.
@@ -121,6 +137,10 @@ impl View {
     }
 }
 
+/// A copy of a page, aligned as one.
+#[repr(align(4096))]
+struct Copied([u8; PAGE_SIZE]);
+
 impl Memory for View {
     type Window = Window;
 
@@ -140,8 +160,17 @@ impl Memory for View {
     }
 
     fn equals(&self, page: Page, window: Option<&Window>, at: u32) -> bool {
-        let page = self.page(page);
-        // SAFETY: the view is mapped readable while the region lives and the window while it is borrowed; neither object shrinks.
+        let mut copy = Copied([0; PAGE_SIZE]);
+        let page = if self.vanishing {
+            if careful::copy(self.page(page), &mut copy.0) != PAGE_SIZE {
+                return false;
+            }
+            copy.0.as_ptr()
+        } else {
+            self.page(page)
+        };
+        // SAFETY: the view is mapped readable while the region lives (or was copied) and the window while it is borrowed; neither
+        // object shrinks.
         unsafe {
             match window {
                 Some(window) => bytes::equal(page, window.page(at)),
@@ -266,6 +295,15 @@ pub(crate) fn insist(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), 
     Ok(())
 }
 
+/// Maps a shared range's object a second time, where the kernel likes: an old length of 0 asks for that.
+fn map_home_of(view: usize, bytes: usize) -> Result<usize, SysError> {
+    let view = ptr::with_exposed_provenance_mut(view);
+    // SAFETY: nothing that is mapped is touched: the kernel chooses fresh addresses.
+    let home = unsafe { rustix::mm::mremap(view, 0, bytes, MremapFlags::MAYMOVE) };
+    home.map(|home| home.expose_provenance())
+        .map_err(SysError::call("mremap", "home view"))
+}
+
 /// Maps fresh private anonymous memory over a range.
 ///
 /// # Safety
@@ -281,6 +319,8 @@ pub(crate) struct Mapping {
     view: View,
     /// How adopted memory was advised; `None` for memory of our own making.
     advised: Option<Vec<Advised>>,
+    /// The object of shared memory that may live on after the region.
+    object: Option<Object>,
 }
 
 impl Mapping {
@@ -300,51 +340,104 @@ impl Mapping {
                 Some(object)
             }
         };
+        Mapping::over(pages, object.as_ref().map(AsFd::as_fd), None)
+    }
+
+    /// Memory of an object that has a name, or whatever else may live on after the region; the descriptor is needed no more.
+    ///
+    /// # Errors
+    /// ENOMEM, or ENOSPC where its file system cannot hold it.
+    pub(crate) fn named(pages: u32, object: BorrowedFd<'_>) -> Result<Mapping, SysError> {
+        const WHAT: &str = "named region";
+        object::reserve(object, WHAT, 0..u64::from(pages) * PAGE_SIZE as u64)?;
+        let stat = rustix::fs::fstat(object).map_err(SysError::call("fstat", WHAT))?;
+        let id = ObjectId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        let lasting = Object {
+            id,
+            offset: 0,
+            opens: true,
+        };
+        Mapping::over(pages, Some(object), Some(lasting))
+    }
+
+    /// Maps fresh private memory, or an object, where huge pages fit.
+    fn over(pages: u32, object: Option<BorrowedFd<'_>>, lasting: Option<Object>) -> Result<Mapping, SysError> {
+        let bytes = pages as usize * PAGE_SIZE;
         let mut area = Aligned::reserve(bytes)?;
         let start = area.start();
         // SAFETY: the range was reserved just above, with no access, and is ours alone.
         let mapped = unsafe {
-            match &object {
+            match object {
                 None => rustix::mm::mmap_anonymous(start, bytes, READ_WRITE, MapFlags::PRIVATE | MapFlags::FIXED),
                 Some(object) => {
                     rustix::mm::mmap(start, bytes, READ_WRITE, MapFlags::SHARED | MapFlags::FIXED, object, 0)
                 }
             }
         };
-        mapped.map_err(SysError::call("mmap", WHAT))?;
+        mapped.map_err(SysError::call("mmap", "region"))?;
         let mut view = View {
             base: start.expose_provenance(),
             home: 0,
             scratch: 0,
             pages,
-            kind,
-            huge: kind == Kind::Private && transparent_huge_pages_always(),
+            kind: if object.is_some() { Kind::Shared } else { Kind::Private },
+            huge: object.is_none() && transparent_huge_pages_always(),
+            vanishing: lasting.is_some(),
         };
-        if kind == Kind::Shared {
-            // SAFETY: an old length of 0 on a shared mapping maps the object a second time, where the kernel likes.
-            let home = unsafe { rustix::mm::mremap(start, 0, bytes, MremapFlags::MAYMOVE) }
-                .map_err(SysError::call("mremap", "home view"))?;
+        if object.is_some() {
+            view.home = map_home_of(view.base, bytes)?;
             // SAFETY: just mapped, ours; the advice only keeps the same bytes from being dumped twice.
-            let _ = unsafe { rustix::mm::madvise(home, bytes, Advice::LinuxDontDump) };
-            view.home = home.expose_provenance();
+            let _ = unsafe {
+                let home = ptr::with_exposed_provenance_mut(view.home);
+                rustix::mm::madvise(home, bytes, Advice::LinuxDontDump)
+            };
         }
         area.keep();
-        Ok(Mapping { view, advised: None })
+        Ok(Mapping {
+            view,
+            advised: None,
+            object: lasting,
+        })
     }
 
-    /// Takes charge of memory that the program made. Nothing is changed yet.
-    pub(crate) fn adopt(foreign: Foreign) -> Mapping {
-        Mapping {
-            view: View {
-                base: foreign.address,
-                home: 0,
-                scratch: 0,
-                pages: foreign.pages,
-                kind: Kind::Private,
-                huge: foreign.huge || transparent_huge_pages_always(),
-            },
-            advised: Some(foreign.advised),
-        }
+    /// Takes charge of memory that the program made. Nothing of it is changed yet.
+    ///
+    /// # Errors
+    /// No room for the home view of shared memory.
+    pub(crate) fn adopt(foreign: Foreign) -> Result<Mapping, SysError> {
+        let Foreign {
+            address,
+            pages,
+            advised,
+            huge,
+            object,
+        } = foreign;
+        let home = match object {
+            Some(_) => map_home_of(address, pages as usize * PAGE_SIZE)?,
+            None => 0,
+        };
+        let view = View {
+            base: address,
+            home,
+            scratch: 0,
+            pages,
+            kind: if object.is_some() { Kind::Shared } else { Kind::Private },
+            huge: object.is_none() && (huge || transparent_huge_pages_always()),
+            vanishing: object.is_some(),
+        };
+        Ok(Mapping {
+            view,
+            advised: Some(advised),
+            object,
+        })
+    }
+
+    /// The object of shared memory that may live on after the region.
+    pub(crate) fn object(&self) -> Option<Object> {
+        self.object
     }
 
     /// Whether the memory is the program's own, to be given back and never unmapped.
@@ -365,6 +458,16 @@ impl Mapping {
     /// Gives adopted memory back as its owner made it: it has left, and every page is plain.
     pub(crate) fn give_back(&self) {
         self.advise_again(self.view.base);
+        self.unmap_home();
+    }
+
+    /// Unmaps the home view of adopted memory; once only, when all its pages are at home.
+    fn unmap_home(&self) {
+        if self.view.home != 0 {
+            let home = ptr::with_exposed_provenance_mut(self.view.home);
+            // SAFETY: mapped by `adopt` and ours; its region reaches it no more.
+            let _ = unsafe { rustix::mm::munmap(home, self.view.bytes()) };
+        }
     }
 
     /// Maps fresh memory over all of an adopted region that its owner is about to free.
@@ -417,70 +520,6 @@ impl Mapping {
         self.advise_again(scratch);
         // What was moved out of the area left its range mapped (DONTUNMAP), so all of it is still ours when it is dropped.
         leave(self.view.with_scratch(scratch))
-    }
-}
-
-/// A 2 MiB-aligned range of reserved addresses, given back when dropped unless kept.
-pub(crate) struct Aligned {
-    start: *mut c_void,
-    bytes: usize,
-    kept: bool,
-}
-
-impl Aligned {
-    pub(crate) fn reserve(bytes: usize) -> Result<Aligned, SysError> {
-        const WHAT: &str = "address space";
-        let whole = bytes.checked_add(EXTENT_SIZE).ok_or(SysError::NoRoom {
-            what: WHAT,
-            bytes: bytes as u64,
-            errno: Errno::NOMEM,
-        })?;
-        // SAFETY: fresh inaccessible addresses where the kernel likes.
-        let area = unsafe {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            rustix::mm::mmap_anonymous(ptr::null_mut(), whole, ProtFlags::empty(), flags)
-        }
-        .map_err(|errno| SysError::NoRoom {
-            what: WHAT,
-            bytes: bytes as u64,
-            errno,
-        })?;
-        let before = area.addr().next_multiple_of(EXTENT_SIZE) - area.addr();
-        let after = EXTENT_SIZE - before;
-        // SAFETY: the ends of the range reserved above, which nobody has seen.
-        unsafe {
-            if before > 0 {
-                let _ = rustix::mm::munmap(area, before);
-            }
-            if after > 0 {
-                let _ = rustix::mm::munmap(area.byte_add(before + bytes), after);
-            }
-            Ok(Aligned {
-                start: area.byte_add(before),
-                bytes,
-                kept: false,
-            })
-        }
-    }
-
-    pub(crate) fn start(&self) -> *mut c_void {
-        self.start
-    }
-
-    fn keep(&mut self) {
-        self.kept = true;
-    }
-}
-
-// SAFETY: addresses that it alone owns; nothing in it is tied to a thread.
-unsafe impl Send for Aligned {}
-
-impl Drop for Aligned {
-    fn drop(&mut self) {
-        if !self.kept {
-            // SAFETY: reserved by us, seen by nobody else.
-            let _ = unsafe { rustix::mm::munmap(self.start, self.bytes) };
-        }
     }
 }
 

@@ -23,7 +23,7 @@ pub const EXTENT_PAGES: u32 = 512;
 pub const EXTENT_SIZE: usize = EXTENT_PAGES as usize * PAGE_SIZE;
 
 /// The file system that memfds live on (`TMPFS_MAGIC`); hugetlbfs would answer the same seals.
-const TMPFS_MAGIC: u64 = 0x0102_1994;
+pub(crate) const TMPFS_MAGIC: u64 = 0x0102_1994;
 
 /// Makes a memfd of `bytes` bytes, all holes. `name` shows in /proc/PID/maps as `/memfd:name`.
 ///
@@ -107,6 +107,30 @@ pub fn punch(fd: impl AsFd, what: &'static str, range: Range<u64>) -> Result<(),
             answer => return answer.map_err(SysError::call("fallocate(PUNCH_HOLE)", what)),
         }
     }
+}
+
+/// Writes all of some bytes at an offset.
+///
+/// # Errors
+/// [`SysError::NoRoom`] when there is none.
+pub(crate) fn write(fd: impl AsFd, mut bytes: &[u8], mut offset: u64) -> Result<(), SysError> {
+    while !bytes.is_empty() {
+        match without_file_size_signal(|| rustix::io::pwrite(&fd, bytes, offset)) {
+            Ok(wrote) if wrote > 0 => {
+                bytes = &bytes[wrote..];
+                offset += wrote as u64;
+            }
+            Err(Errno::INTR) => {}
+            refused => {
+                return Err(SysError::NoRoom {
+                    what: "shared object",
+                    bytes: bytes.len() as u64,
+                    errno: refused.err().unwrap_or(Errno::NOSPC),
+                });
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Bytes of memory that the object really has (`st_blocks`), swapped ones included.

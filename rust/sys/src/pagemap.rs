@@ -27,12 +27,12 @@ pub(crate) struct Bits(Vec<u64>);
 
 impl Bits {
     /// Empties the set and makes room for this many pages.
-    fn reset(&mut self, pages: u32) {
+    pub(crate) fn reset(&mut self, pages: u32) {
         self.0.clear();
         self.0.resize(pages.div_ceil(64) as usize, 0);
     }
 
-    fn set(&mut self, at: u32) {
+    pub(crate) fn set(&mut self, at: u32) {
         self.0[at as usize / 64] |= 1 << (at % 64);
     }
 

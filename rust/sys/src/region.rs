@@ -5,7 +5,7 @@
 //! merges, and no lock is held while a fork waits.
 
 use crate::error::SysError;
-use crate::foreign::Foreign;
+use crate::foreign::{Foreign, Object};
 use crate::fork;
 use crate::gate::Pass;
 use crate::holds::{Holds, insert_range, remove_range};
@@ -23,6 +23,7 @@ use crate::word::{Slot, State, Word};
 use crate::words::RegionWords;
 use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError, RwLock};
 
 /// Changes with every unmerge on request.
@@ -38,8 +39,10 @@ pub struct Region {
     /// The memory, unmapped by `close`.
     mapping: Mapping,
     closed: AtomicBool,
+    /// Whether its pages are at home and stay there for now: `recall.rs`.
+    pub(crate) recalled: AtomicBool,
     /// Keeps `close` from runs under way. A forked child never takes it: another thread of the parent may have held it.
-    in_use: RwLock<()>,
+    pub(crate) in_use: RwLock<()>,
     pub(crate) view: View,
     pub(crate) words: RegionWords,
     pub(crate) table: &'static ClientTable,
@@ -66,15 +69,24 @@ impl Region {
     /// No room in the table, a child that has not begun its own life, or pages that are in a region already.
     pub fn adopt(table: &'static ClientTable, foreign: Foreign) -> Result<Region, SysError> {
         let era = era()?;
-        let mapping = Mapping::adopt(foreign);
-        if registry::overlaps(&mapping.view()) {
-            let view = mapping.view();
+        let range = foreign.range();
+        if registry::overlaps(&range) {
             return Err(SysError::Unfit {
-                mapping: format!("{:#x}-{:#x}", view.base(), view.base() + view.bytes()),
+                mapping: format!("{:#x}-{:#x}", range.start, range.end),
                 reason: "part of it is in a region already",
             });
         }
-        Region::over(table, mapping, era)
+        Region::over(table, Mapping::adopt(foreign)?, era)
+    }
+
+    /// Memory of a named object, which lives on after the region; the descriptor must stay open for as long as it is to merge.
+    /// Otherwise as [`Region::create`].
+    ///
+    /// # Errors
+    /// As there; ENOSPC where the object's file system cannot hold it.
+    pub fn named(table: &'static ClientTable, pages: u32, object: BorrowedFd<'_>) -> Result<Region, SysError> {
+        let era = era()?;
+        Region::over(table, Mapping::named(pages, object)?, era)
     }
 
     fn over(table: &'static ClientTable, mapping: Mapping, era: u32) -> Result<Region, SysError> {
@@ -82,7 +94,9 @@ impl Region {
         let first_word = match table.take(pages) {
             Ok(first_word) => first_word,
             Err(full) => {
-                if !mapping.is_adopted() {
+                if mapping.is_adopted() {
+                    mapping.give_back();
+                } else {
                     mapping.unmap();
                 }
                 return Err(full);
@@ -90,10 +104,13 @@ impl Region {
         };
         let words = RegionWords::new(&table.words()[first_word as usize..(first_word + pages) as usize]);
         let view = mapping.view();
+        let mapping_lasts = mapping.object().is_some();
         registry::add(Area { view, words, era });
         Ok(Region {
             mapping,
             closed: AtomicBool::new(false),
+            // An object that others may have merges once nobody else can see it.
+            recalled: AtomicBool::new(mapping_lasts),
             in_use: RwLock::new(()),
             view,
             words,
@@ -129,7 +146,12 @@ impl Region {
         fork::era() == Some(self.era)
     }
 
-    fn whole(&self) -> Span {
+    /// The object behind it, if that may live on after the region, or be somebody else's too.
+    pub fn object(&self) -> Option<Object> {
+        self.mapping.object()
+    }
+
+    pub(crate) fn whole(&self) -> Span {
         Span {
             first: Page(0),
             pages: self.pages(),
@@ -143,7 +165,13 @@ impl Region {
         (!self.closed.load(Ordering::Acquire)).then(|| run(&self.mapping))
     }
 
-    fn holds(&self) -> std::sync::MutexGuard<'_, Holds> {
+    /// The same, unless the region's pages are to stay where they are.
+    pub(crate) fn merging<T>(&self, run: impl FnOnce(&Mapping) -> T) -> Option<T> {
+        self.open(|mapping| (!self.recalled.load(Ordering::Acquire)).then(|| run(mapping)))
+            .flatten()
+    }
+
+    pub(crate) fn holds(&self) -> std::sync::MutexGuard<'_, Holds> {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -160,7 +188,7 @@ impl Region {
         claims: &mut Claims,
         verdicts: &mut [Verdict],
     ) -> Option<Result<(), SysError>> {
-        self.open(|_| {
+        self.merging(|_| {
             let window = match run.slot {
                 Slot::ZERO => None,
                 slot => Some(Window::open(store, slot, run.span.pages, self.kind(), pane)?),
@@ -192,7 +220,7 @@ impl Region {
     /// Frees the home pages behind pages just merged, or takes the pages back if another address space maps the object.
     /// A fork since [`fork::count`] was `forks` makes another address space, too.
     pub fn settle(&self, span: Span, alone: bool, forks: u32) -> Option<Result<u32, SysError>> {
-        self.open(|_| {
+        self.merging(|_| {
             let _pass = Pass::enter();
             let alone = alone && fork::count() == forks;
             protocol::settle(&self.words, &self.view, span, alone)
@@ -233,9 +261,9 @@ impl Region {
 
     // The scanner; `scan.rs` has the rest.
 
-    /// Copies a page into the staging area; false if the region is closed.
+    /// Copies a page into the staging area; false if the region is closed, or the page is not there.
     pub fn stage(&self, page: Page, staging: &Staging, index: u32) -> bool {
-        self.open(|_| self.view.stage(page, staging, index)).is_some()
+        self.merging(|_| self.view.stage(page, staging, index)).unwrap_or(false)
     }
 
     /// Highest store numbers that words of this region still hold: bit n of word n / 64.
@@ -361,7 +389,7 @@ impl Region {
     }
 
     /// Reopens the pages of a range that nothing holds any more.
-    fn let_go(&self, holds: &Holds, pages: Range<u32>) {
+    pub(crate) fn let_go(&self, holds: &Holds, pages: Range<u32>) {
         let held = |page: u32| {
             holds
                 .unadvised
@@ -426,7 +454,7 @@ impl Region {
     }
 
     /// Runs end where extents do: what is assembled in huge pages then moves as huge pages.
-    fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {
+    pub(crate) fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {
         let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
         let whole = self.whole();
         let position = (self.address() / PAGE_SIZE % protocol::MAX_RUN) as u32;
@@ -488,11 +516,14 @@ impl Region {
     }
 
     /// Ends the region: nothing is copied, memory of our own is unmapped; adopted memory, which its owner is freeing, is fresh if
-    /// any of it was merged. Idempotent. Whoever closes it gives its slice of the table back, once nobody can mistake its words
-    /// for another region's.
+    /// any of it was merged. Not for an object that lives on: that takes its pages home first ([`Region::give_back`],
+    /// [`Region::leave`]). Idempotent. Whoever closes it gives its slice of the table back, once nobody can mistake its words for another
+    /// region's.
     pub fn close(&self) {
         self.end(|plain| {
-            if !self.is_adopted() {
+            if self.is_adopted() && self.kind() == Kind::Shared {
+                self.mapping.give_back();
+            } else if !self.is_adopted() {
                 self.mapping.unmap();
             } else if !self.is_ours() {
                 self.thaw_in_child();
@@ -570,10 +601,11 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        // Its owner, or its object's next, may still read it. Where there is no memory for the copies it stays as it is, words and
+        // frames included.
         if self.is_adopted() {
-            // Its owner may still read it. Where there is no memory for the copies it stays as it is, words and frames included.
             let _ = self.give_back();
-        } else {
+        } else if self.is_closed() || self.object().is_none() || self.leave().is_ok() {
             self.close();
         }
     }

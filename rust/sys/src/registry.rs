@@ -7,6 +7,7 @@
 use crate::mapping::View;
 use crate::words::RegionWords;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
+use std::ops::Range;
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -75,13 +76,13 @@ pub(crate) fn for_each(_writer: &MutexGuard<'static, ()>, mut each: impl FnMut(&
     }
 }
 
-/// Whether any page of a view is in a region that is known.
-pub(crate) fn overlaps(view: &View) -> bool {
+/// Whether any page of a range is in a region that is known.
+pub(crate) fn overlaps(range: &Range<usize>) -> bool {
     let writer = lock();
     let mut found = false;
     for_each(&writer, |area| {
         let other = &area.view;
-        found |= view.base() < other.base() + other.bytes() && other.base() < view.base() + view.bytes();
+        found |= range.start < other.base() + other.bytes() && other.base() < range.end;
     });
     found
 }

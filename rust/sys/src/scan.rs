@@ -4,12 +4,13 @@
 //! only against the words that were loaded before it was taken. It owns no page, but for one at a time where the kernel does not
 //! say what it copied.
 
+use crate::careful::{self, Ahead};
 use crate::checksum::{ChecksumWord, Checksummer};
 use crate::error::SysError;
 use crate::gate::Pass;
 use crate::object::PAGE_SIZE;
 use crate::pagemap::{Bits, Pagemap};
-use crate::protocol::{self, Evidence, Kind, Span, Words};
+use crate::protocol::{self, Evidence, Kind, Page, Span, Words};
 use crate::region::Region;
 use crate::word::{State, StoreNumber, Word};
 use core::sync::atomic::{AtomicU64, Ordering};
@@ -44,6 +45,9 @@ pub struct ScanTools {
     words: Vec<Word>,
     own: Bits,
     page: Box<[u8; PAGE_SIZE]>,
+    /// The first page of the span that is being scanned.
+    first: Page,
+    ahead: Ahead,
 }
 
 impl ScanTools {
@@ -57,6 +61,8 @@ impl ScanTools {
             words: Vec::new(),
             own: Bits::default(),
             page,
+            first: Page(0),
+            ahead: Ahead::default(),
         }
     }
 }
@@ -68,7 +74,7 @@ impl Region {
     /// # Errors
     /// The pagemap could not be read.
     pub fn scan(&self, span: Span, pass: u16, tools: &mut ScanTools) -> Option<Result<Tally, SysError>> {
-        self.open(|_| {
+        self.merging(|_| {
             // The words first: evidence counts only against what a page was before it was looked at.
             tools.words.clear();
             tools.words.extend(span.iter().map(|page| self.words.load(page)));
@@ -77,8 +83,15 @@ impl Region {
                     pagemap.own_memory(&self.view, span, &mut tools.own)?;
                     true
                 }
+                // Its holes would get memory by being read.
+                _ if self.view.is_vanishing() => {
+                    careful::resident(&self.view, span, &mut tools.own).map_err(SysError::call("mincore", "region"))?;
+                    true
+                }
                 _ => false,
             };
+            tools.first = span.first;
+            tools.ahead.forget();
             let mut tally = Tally::default();
             for (at, page) in span.iter().enumerate() {
                 let evidence = Evidence {
@@ -100,7 +113,7 @@ impl Region {
         let checksum = &self.table.checksums()[(self.first_word + evidence.page.0) as usize];
         let read = match (word.state(), self.kind()) {
             (State::Private, Kind::Private) | (State::Broken, _) => own != Some(false),
-            (State::Private, Kind::Shared) | (State::Detached, _) => true,
+            (State::Private, Kind::Shared) | (State::Detached, _) => own != Some(false),
             (State::Merged, Kind::Private) => match own {
                 Some(true) => {
                     tally.broken += u32::from(protocol::mark_written(&self.words, evidence));
@@ -126,8 +139,9 @@ impl Region {
             }
             return;
         }
-        self.view.copy_out(evidence.page, &mut tools.page);
-        let now = tools.checksummer.page(&tools.page);
+        let Some(now) = self.checksum_of(evidence.page, tools) else {
+            return;
+        };
         tally.checksummed += 1;
         if ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48() != Some(now) {
             tally.changed += 1;
@@ -139,5 +153,18 @@ impl Region {
                 tally.broken += u32::from(protocol::copy_and_mark(&self.words, &self.view, evidence));
             }
         }
+    }
+
+    /// The checksum of a page as it is now; `None` if it is there no more.
+    fn checksum_of(&self, page: Page, tools: &mut ScanTools) -> Option<u64> {
+        if self.view.is_vanishing() {
+            let own = &tools.own;
+            let after = page.0 - tools.first.0 + 1..tools.words.len() as u32;
+            let more = after.take(careful::AHEAD as usize).take_while(|next| own.has(*next));
+            let copy = tools.ahead.page(&self.view, page, more.count() as u32)?;
+            return Some(tools.checksummer.page(copy));
+        }
+        self.view.copy_out(page, &mut tools.page);
+        Some(tools.checksummer.page(&tools.page))
     }
 }

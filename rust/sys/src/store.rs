@@ -195,6 +195,46 @@ impl Store {
         Ok(())
     }
 
+    /// Writes frames to an object, from a byte offset on; how many.
+    ///
+    /// # Errors
+    /// [`SysError::NoRoom`] where the object's file system is full, or the kernel's errno.
+    pub fn copy_to(&mut self, object: impl AsFd, offset: u64, slot: Slot, pages: u32) -> Result<u32, SysError> {
+        self.check(slot, pages);
+        let mut done = 0;
+        while done < pages {
+            let now = (pages - done).min(HASHED_AT_ONCE);
+            let bytes = now as usize * PAGE_SIZE;
+            self.read_exact(offset_of(slot.plus(done)), bytes)?;
+            object::write(
+                &object,
+                &self.buffer[..bytes],
+                offset + u64::from(done) * PAGE_SIZE as u64,
+            )?;
+            done += now;
+        }
+        Ok(pages)
+    }
+
+    /// The same, but only where the object has holes.
+    ///
+    /// # Errors
+    /// As [`Store::copy_to`].
+    pub fn fill_holes(&mut self, object: impl AsFd, offset: u64, slot: Slot, pages: u32) -> Result<u32, SysError> {
+        let end = offset + u64::from(pages) * PAGE_SIZE as u64;
+        let mut data = object::data_ranges(&object, "shared object", offset..end)?;
+        data.push(end..end);
+        let (mut filled, mut at) = (0, offset);
+        for data in data {
+            if at < data.start {
+                let (first, hole) = ((at - offset) / PAGE_SIZE as u64, (data.start - at) / PAGE_SIZE as u64);
+                filled += self.copy_to(&object, at, slot.plus(first as u32), hole as u32)?;
+            }
+            at = data.end;
+        }
+        Ok(filled)
+    }
+
     /// Makes the empty extent that starts at `slot` one huge page, to be filled whole right away. Whether it became one.
     ///
     /// One byte is written first, for the kernel does not collapse a wholly empty extent. Where it declines (no memory in one

@@ -3,8 +3,9 @@
 //!
 //! It relies on the store being read-only for clients and never shrinking. It never maps more than one run.
 
+use crate::aligned::Aligned;
 use crate::error::SysError;
-use crate::mapping::{self, Aligned};
+use crate::mapping;
 use crate::object::{EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
 use crate::protocol::{Kind, MAX_RUN};
 use crate::store::StoreFile;

@@ -12,6 +12,8 @@ use std::sync::Arc;
 pub(super) struct Link {
     /// Counts connections; what comes for an older one is dropped.
     pub(super) number: u32,
+    /// The broker's process, 0 if it cannot be told.
+    pub(super) broker: u32,
     end: Arc<ClientEnd>,
 }
 
@@ -29,7 +31,8 @@ impl Link {
                 mailbox.push(Event::Closed(number, why.to_string()));
             });
         thread.map_err(|error| Error::Off(format!("no thread to read the socket: {error}")))?;
-        Ok(Link { number, end })
+        let broker = end.credentials().map_or(0, |credentials| credentials.pid);
+        Ok(Link { number, broker, end })
     }
 
     /// Sends a message. The remapper owns no word and holds no lock here.

@@ -43,6 +43,8 @@ pub(super) struct Mailbox {
     queue: Mutex<VecDeque<Event>>,
     arrived: Condvar,
     connected: AtomicBool,
+    /// Why regions do not merge, the other way round: from the remapper, for whoever asks.
+    not_merging: Mutex<Vec<String>>,
 }
 
 impl Mailbox {
@@ -51,6 +53,7 @@ impl Mailbox {
             queue: Mutex::default(),
             arrived: Condvar::new(),
             connected: AtomicBool::new(false),
+            not_merging: Mutex::default(),
         }
     }
 
@@ -84,6 +87,15 @@ impl Mailbox {
                 }
             };
         }
+    }
+
+    /// Why regions do not merge.
+    pub(super) fn not_merging(&self) -> Vec<String> {
+        self.not_merging.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn set_not_merging(&self, reasons: Vec<String>) {
+        *self.not_merging.lock().unwrap_or_else(PoisonError::into_inner) = reasons;
     }
 
     /// Whether the handshake with a broker is through.

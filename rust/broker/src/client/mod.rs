@@ -13,6 +13,7 @@
 
 mod link;
 mod mailbox;
+mod objects;
 mod orders;
 mod query;
 mod region;
@@ -389,6 +390,11 @@ pub fn process_stats() -> Result<Counters, Error> {
         Err(error) => return Err(error),
     }
     Ok(counters)
+}
+
+/// Why regions of this process do not merge, one sentence each.
+pub fn not_merging() -> Vec<String> {
+    client_if_begun().map_or_else(Vec::new, |client| client.mailbox.not_merging())
 }
 
 /// How the broker is; `None` where none runs. Never starts one.

@@ -3,6 +3,7 @@
 //! Relies on `ksmrs-sys` for everything that happens to a page; what is decided here is only in which order runs are taken, and
 //! that shared pages lose their home only when no other address space can see them.
 
+use super::objects::Objects;
 use super::sentinel::Sentinel;
 use crate::wire::{Bits, Failure, Range, Run, RunOutcome};
 use ksmrs_sys::pagemap::Pagemap;
@@ -66,6 +67,11 @@ impl Desk {
         })
     }
 
+    /// Whether no other address space can see what this one sees.
+    pub(super) fn is_alone(&mut self) -> bool {
+        self.sentinel.alone()
+    }
+
     pub(super) fn add(&mut self, region: Arc<Region>) {
         self.regions.insert(region.first_word(), region);
     }
@@ -112,7 +118,13 @@ impl Desk {
     }
 
     /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.
-    pub(super) fn map(&mut self, runs: &[Run], split: bool, number: StoreNumber, store: &StoreFile) -> Mapped {
+    pub(super) fn map(
+        &mut self,
+        runs: &[Run],
+        split: bool,
+        (number, store): (StoreNumber, &StoreFile),
+        objects: &Objects,
+    ) -> Mapped {
         ksmrs_sys::take_ballast();
         let mut mapped = Mapped {
             outcomes: Vec::with_capacity(runs.len()),
@@ -164,7 +176,7 @@ impl Desk {
             };
             mapped.outcomes.push(outcome);
         }
-        self.settle(&unsettled, runs, forks, &mut mapped.outcomes);
+        self.settle(&unsettled, runs, forks, objects, &mut mapped.outcomes);
         mapped
     }
 
@@ -196,6 +208,7 @@ impl Desk {
         unsettled: &[(usize, Arc<Region>, Span)],
         runs: &[Run],
         forks: u32,
+        objects: &Objects,
         outcomes: &mut [RunOutcome],
     ) {
         if unsettled.is_empty() {
@@ -204,6 +217,7 @@ impl Desk {
         self.shared_merged = true;
         let alone = self.sentinel.alone() && fork::count() == forks;
         for (index, region, span) in unsettled {
+            let alone = alone && objects.have_room(region);
             if let Some(Err(error)) = region.settle(*span, alone, forks) {
                 tracing::warn!(%error, "merged pages keep their memory");
             }

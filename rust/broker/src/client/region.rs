@@ -6,6 +6,7 @@ use ksmrs_sys::PAGE_SIZE;
 use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::region::Region as Memory;
 use std::ops::Range;
+use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -26,14 +27,7 @@ impl Region {
     /// # Errors
     /// [`Error::Size`], no memory (ENOMEM), or no room for a shared object (ENOSPC).
     pub fn new(nbytes: usize, kind: Kind) -> Result<Arc<Region>, Error> {
-        let size = |reason: &str| Error::Size {
-            nbytes,
-            reason: reason.to_owned(),
-        };
-        if nbytes == 0 {
-            return Err(size("at least one byte is needed"));
-        }
-        let pages = u32::try_from(nbytes.div_ceil(PAGE_SIZE)).map_err(|_| size("at most 16 TiB are possible"))?;
+        let pages = pages_of(nbytes)?;
         let client = client()?;
         let memory_kind = match kind {
             Kind::Private => ksmrs_sys::protocol::Kind::Private,
@@ -41,6 +35,19 @@ impl Region {
         };
         let memory = Arc::new(Memory::create(client.table, pages, memory_kind)?);
         Ok(Region::joined(memory, client, nbytes, kind))
+    }
+
+    /// Memory of a named object that the program has open under this number, and keeps open: fresh, of at least `nbytes` bytes,
+    /// which must be the object's size. The object lives on.
+    ///
+    /// # Errors
+    /// As [`Region::new`]; EBADF.
+    pub fn named(nbytes: usize, number: RawFd) -> Result<Arc<Region>, Error> {
+        let pages = pages_of(nbytes)?;
+        let client = client()?;
+        let object = ksmrs_sys::descriptors::copy_of(number)?;
+        let memory = Arc::new(Memory::named(client.table, pages, object.as_fd())?);
+        Ok(Region::joined(memory, client, nbytes, Kind::Shared))
     }
 
     /// Opts in memory that the program made, in place.
@@ -51,7 +58,11 @@ impl Region {
         let client = client()?;
         let memory = Arc::new(Memory::adopt(client.table, foreign)?);
         let nbytes = memory.pages() as usize * PAGE_SIZE;
-        Ok(Region::joined(memory, client, nbytes, Kind::Private))
+        let kind = match memory.kind() {
+            ksmrs_sys::protocol::Kind::Private => Kind::Private,
+            ksmrs_sys::protocol::Kind::Shared => Kind::Shared,
+        };
+        Ok(Region::joined(memory, client, nbytes, kind))
     }
 
     fn joined(memory: Arc<Memory>, client: &'static Client, nbytes: usize, kind: Kind) -> Arc<Region> {
@@ -85,10 +96,18 @@ impl Region {
         Ok(())
     }
 
-    /// Ends an adopted region whose memory the owner is freeing: its bytes are lost. Idempotent.
-    pub fn abandon(&self) {
+    /// Ends an adopted region whose private memory the owner is freeing: its bytes are lost. Shared memory keeps its bytes, for its
+    /// object may live on. Idempotent.
+    ///
+    /// # Errors
+    /// As for [`Region::give_back`], for shared memory only.
+    pub fn abandon(&self) -> Result<(), Error> {
+        if matches!(self.kind, Kind::Shared) {
+            return self.give_back();
+        }
         self.memory.close();
         self.ended();
+        Ok(())
     }
 
     /// No thread of ours touches the memory any more, which stays as it is: the process is ending.
@@ -180,13 +199,29 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        if !self.memory.is_adopted() {
+        let ended = if self.memory.is_adopted() {
+            self.memory.give_back()
+        } else if self.memory.object().is_some() && !self.memory.is_closed() {
+            self.memory.leave().map(|()| self.memory.close())
+        } else {
             self.memory.close();
-        } else if self.memory.give_back().is_err() {
+            Ok(())
+        };
+        match ended {
+            Ok(()) => self.ended(),
             // Its owner may still read it: it stays a region for as long as there is no memory for the copies.
-            tracing::error!(address = self.memory.address(), "no memory to give adopted memory back");
-            return;
+            Err(error) => tracing::error!(%error, address = self.memory.address(), "no room to give memory back"),
         }
-        self.ended();
     }
+}
+
+fn pages_of(nbytes: usize) -> Result<u32, Error> {
+    let size = |reason: &str| Error::Size {
+        nbytes,
+        reason: reason.to_owned(),
+    };
+    if nbytes == 0 {
+        return Err(size("at least one byte is needed"));
+    }
+    u32::try_from(nbytes.div_ceil(PAGE_SIZE)).map_err(|_| size("at most 16 TiB are possible"))
 }

@@ -6,6 +6,7 @@
 
 use super::link::Link;
 use super::mailbox::{Event, Mailbox};
+use super::objects::{Objects, Standing};
 use super::orders::{self, Desk};
 use super::scanner::{self, Job};
 use super::session::{Session, Stage};
@@ -72,6 +73,7 @@ struct Remapper {
     /// The number of the connection that counts, for scanner and wire thread.
     current: Arc<AtomicU32>,
     desk: Desk,
+    objects: Objects,
     session: Option<Session>,
     /// Whether there is anything to connect for.
     wanted: bool,
@@ -103,6 +105,7 @@ impl Remapper {
             scanner,
             current,
             desk: Desk::new()?,
+            objects: Objects::default(),
             session: None,
             wanted: false,
             failures: 0,
@@ -122,7 +125,12 @@ impl Remapper {
                 .session
                 .as_ref()
                 .and_then(|session| session.turn_again.map(|(at, _)| at));
-            let until = [self.try_again, upkeep, weigh, turn].into_iter().flatten().min();
+            let connected = self.ready().is_some();
+            let objects = self.objects.due(connected);
+            let until = [self.try_again, upkeep, weigh, turn, objects]
+                .into_iter()
+                .flatten()
+                .min();
             match self.mailbox.take(until) {
                 Some(event) => self.handle(event),
                 None => {
@@ -135,6 +143,7 @@ impl Remapper {
             if self.desk.needs_upkeep() {
                 self.desk.upkeep();
             }
+            self.tend_objects();
             self.weigh_anchors();
             let turned = self.ready().map_or(Ok(()), Session::turn_if_due);
             self.check(turned);
@@ -166,25 +175,27 @@ impl Remapper {
                 self.lost("disconnected on request");
                 let _ = done.send(());
             }
+            Event::Join(region) if self.objects.add(&region) => {
+                if self.ready().is_none() {
+                    self.want();
+                }
+            }
             Event::Join(region) => {
                 self.desk.add(region.clone());
-                let joined = self.ready().map(|session| session.join(&region));
+                let joined = self.ready().map(|session| session.join(&region, None));
                 match joined {
                     Some(sent) => self.check(sent),
                     None => self.want(),
                 }
             }
             Event::Leave(region) => self.leave(&region),
-            Event::Ask(question, reply) => match self.ready() {
-                Some(session) => {
-                    let asked = session.ask(question, reply);
-                    self.check(asked);
+            Event::Ask(question, reply) => {
+                if matches!(question, wire::Question::Merge { .. }) {
+                    self.objects.hurry();
+                    self.tend_objects();
                 }
-                None => {
-                    self.unasked.push((question, reply));
-                    self.want();
-                }
-            },
+                self.ask(question, reply);
+            }
             Event::Message(link, message, fd) if self.is_current(link) => {
                 if let Err(error) = self.message(message, fd) {
                     self.lost(&error.to_string());
@@ -212,6 +223,30 @@ impl Remapper {
             }
             // From a connection that is gone.
             Event::Message(..) | Event::Closed(..) | Event::Scanned(..) | Event::Staged(..) => {}
+        }
+    }
+
+    /// Asks now, or once the handshake is through.
+    fn ask(&mut self, question: wire::Question, reply: Sender<Result<Answer, Error>>) {
+        match self.ready() {
+            Some(session) => {
+                let asked = session.ask(question, reply);
+                self.check(asked);
+            }
+            None => {
+                self.unasked.push((question, reply));
+                self.want();
+            }
+        }
+    }
+
+    /// Does what is due for regions whose object others might see, and tells the program why some do not merge.
+    fn tend_objects(&mut self) {
+        let session = self.session.as_mut().filter(|session| session.stage == Stage::Ready);
+        let tended = self.objects.tend(&mut self.desk, session);
+        self.check(tended);
+        if let Some(reasons) = self.objects.news() {
+            self.mailbox.set_not_merging(reasons);
         }
     }
 
@@ -294,6 +329,7 @@ impl Remapper {
         if let (Some((number, _)), Some(life)) = (&session.store, session.life) {
             self.anchors.push((*number, life));
         }
+        self.objects.lost(&mut self.desk);
         for region in session.leaving.values() {
             self.free_slice(region);
         }
@@ -315,14 +351,23 @@ impl Remapper {
     /// A region was closed. Its slice of the table is free when the broker says so: until then an order may be on its way that
     /// means the old region, and would be carried out on a new one in its place.
     fn leave(&mut self, region: &Arc<Region>) {
-        let number = self.desk.remove(region);
+        let standing = self.objects.remove(region);
+        let mut number = self.desk.remove(region);
+        match standing {
+            // Its pages came home with its end.
+            Some(Standing::Returning(_)) => number = Some(orders::number(region)),
+            Some(Standing::Leaving) => {
+                if let Some(session) = self.ready() {
+                    session.leaving.insert(orders::number(region), region.clone());
+                    return;
+                }
+            }
+            _ => {}
+        }
         let sent = match (number, self.ready()) {
             (Some(number), Some(session)) if !session.refused.contains(&number) => {
                 session.leaving.insert(number, region.clone());
-                session
-                    .link
-                    .send(&ToBroker::Leave { region: number }, None)
-                    .and_then(|()| session.turn())
+                session.leave(number)
             }
             (Some(number), Some(session)) => {
                 session.refused.remove(&number);
@@ -373,14 +418,24 @@ impl Remapper {
                 slots,
             } => self.welcome(&key, StoreNumber(store), slots, fd),
             ToClient::Ready => self.begin_work(),
-            ToClient::Joined { .. } => Ok(()),
+            ToClient::Joined { region } => {
+                self.objects.joined(region);
+                Ok(())
+            }
             ToClient::Refused { region, reason } => {
-                tracing::warn!(region, reason, "the broker refused a region");
-                if let Some(session) = &mut self.session {
+                tracing::info!(region, reason, "the broker refused a region");
+                if !self.objects.refused(region, reason, &mut self.desk)
+                    && let Some(session) = &mut self.session
+                {
                     session.refused.insert(region);
                 }
                 Ok(())
             }
+            ToClient::Recall { region } => {
+                self.objects.recall(region, &mut self.desk);
+                Ok(())
+            }
+            ToClient::Left { region } if self.objects.left(region) => Ok(()),
             ToClient::Left { region } => {
                 let left = self
                     .session
@@ -473,8 +528,11 @@ impl Remapper {
         };
         session.stage = Stage::Ready;
         for region in &regions {
-            session.join(region)?;
+            session.join(region, None)?;
         }
+        self.objects.rejoined(session.link.number);
+        self.objects.hurry();
+        self.objects.tend(&mut self.desk, Some(session))?;
         for (question, reply) in self.unasked.drain(..) {
             session.ask(question, reply)?;
         }
@@ -500,7 +558,7 @@ impl Remapper {
             );
             return Ok(());
         }
-        let done = self.desk.map(runs, split, *number, store);
+        let done = self.desk.map(runs, split, (*number, store), &self.objects);
         let report = ToBroker::Mapped {
             order,
             outcomes: done.outcomes,

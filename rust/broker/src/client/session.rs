@@ -11,7 +11,7 @@ use ksmrs_sys::region::Region;
 use ksmrs_sys::store::StoreFile;
 use ksmrs_sys::{PAGE_SIZE, StoreNumber};
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
@@ -68,7 +68,12 @@ impl Session {
         }
     }
 
-    pub(super) fn join(&self, region: &Arc<Region>) -> Result<(), Error> {
+    /// Asks for a region to take part; `object` is what it is made of and a descriptor to lease that by.
+    pub(super) fn join(
+        &self,
+        region: &Arc<Region>,
+        object: Option<(wire::Object, BorrowedFd<'_>)>,
+    ) -> Result<(), Error> {
         let position = (region.address() / PAGE_SIZE % ksmrs_sys::EXTENT_PAGES as usize) as u16;
         let kind = match region.kind() {
             ksmrs_sys::protocol::Kind::Private => Kind::Private,
@@ -81,8 +86,15 @@ impl Session {
             pages: region.pages(),
             position,
             flags: 0,
+            object: object.map(|(object, _)| object),
         };
-        self.link.send(&join, None)
+        self.link.send(&join, object.map(|(_, fd)| fd))
+    }
+
+    /// Says that nothing of a region merges any more, and that what it showed is given up.
+    pub(super) fn leave(&mut self, region: u32) -> Result<(), Error> {
+        self.link.send(&ToBroker::Leave { region }, None)?;
+        self.turn()
     }
 
     pub(super) fn ask(&mut self, question: wire::Question, reply: Sender<Result<Answer, Error>>) -> Result<(), Error> {

@@ -2,6 +2,8 @@
 //!
 //! Checked on both sides, so that a bug of ours shows where it is made and a hostile message where it arrives.
 
+use ksmrs_sys::PAGE_SIZE;
+
 use super::{
     Bits, MAX_ORDER_PAGES, MAX_RUN_PAGES, MAX_RUNS, MAX_TEXT, Message, Question, Range, ToBroker, ToClient, WireError,
 };
@@ -52,7 +54,10 @@ impl Message for ToBroker {
     }
 
     fn carries_descriptor(&self) -> bool {
-        matches!(self, ToBroker::Life { .. } | ToBroker::Table { .. } | ToBroker::Staging)
+        matches!(
+            self,
+            ToBroker::Life { .. } | ToBroker::Table { .. } | ToBroker::Staging | ToBroker::Join { object: Some(_), .. }
+        )
     }
 
     fn check(&self) -> Result<(), WireError> {
@@ -71,8 +76,13 @@ impl Message for ToBroker {
                 first_word,
                 pages,
                 position,
+                object,
                 ..
             } => {
+                let end = object.map_or(0, |object| {
+                    object.offset.saturating_add(u64::from(*pages) * PAGE_SIZE as u64)
+                });
+                limit("end of a region in its object", end as usize, i64::MAX as usize)?;
                 limit(
                     "position in an extent",
                     usize::from(*position),
@@ -108,6 +118,7 @@ impl Message for ToClient {
             ToClient::Joined { .. } => "Joined",
             ToClient::Refused { .. } => "Refused",
             ToClient::Left { .. } => "Left",
+            ToClient::Recall { .. } => "Recall",
             ToClient::Scan { .. } => "Scan",
             ToClient::Stage { .. } => "Stage",
             ToClient::Map { .. } => "Map",

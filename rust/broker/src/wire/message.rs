@@ -16,6 +16,17 @@ pub enum Kind {
     Shared,
 }
 
+/// The named object that a region is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Object {
+    /// Its `st_dev`.
+    pub device: u64,
+    /// Its `st_ino`.
+    pub inode: u64,
+    /// Where in it the region begins, in bytes.
+    pub offset: u64,
+}
+
 /// Consecutive pages of one region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
@@ -270,7 +281,7 @@ pub enum ToBroker {
     },
     /// With the staging area. Answered by Ready.
     Staging,
-    /// A region opts in. Answered by Joined or Refused.
+    /// A region opts in; with the object's descriptor if it has a name. Answered by Joined or Refused.
     Join {
         /// The client's number for it.
         region: u32,
@@ -284,6 +295,8 @@ pub enum ToBroker {
         position: u16,
         /// Reserved; 0.
         flags: u32,
+        /// What it is made of, if others can open that.
+        object: Option<Object>,
     },
     /// A region is no more: its words are given up. Answered by Left; only then may its slice be reused.
     Leave {
@@ -371,6 +384,11 @@ pub enum ToClient {
     },
     /// The region's slice of the table may be reused.
     Left {
+        /// The client's number for it.
+        region: u32,
+    },
+    /// Somebody waits to open the region's object: take its pages home, and leave.
+    Recall {
         /// The client's number for it.
         region: u32,
     },

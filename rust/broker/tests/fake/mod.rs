@@ -210,6 +210,7 @@ impl FakeClient {
             pages,
             position,
             flags: 0,
+            object: None,
         });
         let answer = self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. }));
         assert_eq!(answer, ToClient::Joined { region });

@@ -419,7 +419,8 @@ fn stretches<K: PartialEq>(
 /// found to map the object, takes them back to their home, which is still complete. Pages that a writer broke meanwhile are left alone. Returns how many pages
 /// were settled as asked; a home page that cannot be freed stays, merged but not saved.
 pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: bool) -> Result<u32, Errno> {
-    let passing = if alone { State::Committing } else { State::Breaking };
+    // Taken back, the home is complete, and perhaps newer than the frame: somebody else may be writing to it.
+    let passing = if alone { State::Committing } else { State::Homed };
     let mut settled = 0;
     let mut trouble = Ok(());
     let mut page = span.first;

@@ -1,0 +1,132 @@
+//! Clients whose socket is closed, until they are gone: nothing shows their frames, and their objects hold all their bytes.
+//!
+//! A client departs when its socket closes, is *dead* when its process exited or no address space maps a life page of it, and
+//! *gone* when the latter is so. What a dead client left out of its objects is written back before a frame of it is freed.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use ksmrs_core::{ClientId, Epoch};
+use ksmrs_sys::StoreNumber;
+use ksmrs_sys::page_table::TableView;
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::domain::Domain;
+use crate::lives::Lives;
+use crate::objects::Objects;
+use crate::session::Session;
+
+/// How often it is looked whether a process that has objects is dead.
+const DEATH_WATCH: Duration = Duration::from_millis(20);
+/// Pages that could not be written back are tried again after this.
+const AGAIN: Duration = Duration::from_millis(500);
+
+/// A client whose socket is closed, but whose frames may still be shown.
+pub(crate) struct Departed {
+    pub(crate) id: ClientId,
+    pub(crate) domain: String,
+    pub(crate) pid: u32,
+    lives: Lives,
+    table: Option<TableView>,
+    store: StoreNumber,
+    process: Option<OwnedFd>,
+    /// When to look after its objects.
+    next: Duration,
+}
+
+/// What a look at a departed client found.
+pub(crate) enum Found {
+    /// It is gone: its frames are free.
+    Gone,
+    /// Some of them may be.
+    Released,
+    /// Nothing new.
+    Waiting,
+}
+
+impl Departed {
+    /// What is left of a session.
+    pub(crate) fn new(session: Session, domain: String, now: Duration) -> Departed {
+        let mut lives = session.lives;
+        lives.hurry(now);
+        Departed {
+            id: session.id,
+            domain,
+            pid: session.credentials.pid,
+            lives,
+            table: session.table,
+            store: session.store,
+            process: session.process,
+            next: now,
+        }
+    }
+
+    /// Whether the process is no more, exec included only as far as life pages tell.
+    fn has_exited(&self) -> bool {
+        let Some(process) = &self.process else { return false };
+        let mut ready = [PollFd::new(process, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::event::poll(&mut ready, Some(&at_once)) == Ok(1)
+    }
+
+    /// Asks about its life pages, and looks after its objects.
+    pub(crate) fn look(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> Found {
+        let sealed = self.lives.poll(false, now);
+        if objects.are_of(self.id.0) && !self.write_back(now, domain, objects) {
+            return self.released(sealed, domain);
+        }
+        if self.lives.are_over() {
+            tracing::info!(client = self.id.0, "gone; nothing shows its frames");
+            domain.core.client_gone(self.id);
+            return Found::Gone;
+        }
+        self.released(sealed, domain)
+    }
+
+    fn released(&self, sealed: Option<u32>, domain: &mut Domain) -> Found {
+        match sealed {
+            // The last epochs end with the client.
+            Some(epoch) if !self.lives.are_over() => {
+                domain.core.sealed(self.id, Epoch(epoch));
+                Found::Released
+            }
+            _ => Found::Waiting,
+        }
+    }
+
+    /// Writes its objects' pages back if it is dead; whether it has no objects any more.
+    fn write_back(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> bool {
+        if now < self.next {
+            return false;
+        }
+        self.next = now + DEATH_WATCH;
+        let exited = self.has_exited();
+        if !exited && !self.lives.are_over() {
+            return false;
+        }
+        let table = self.table.as_ref();
+        let word = |index| table.and_then(|table| table.word(index));
+        match objects.write_back(self.id.0, exited, &word, self.store, &mut domain.store) {
+            Ok(pages) => {
+                tracing::info!(
+                    client = self.id.0,
+                    pid = self.pid,
+                    pages,
+                    "its objects hold all their bytes again"
+                );
+                true
+            }
+            Err(error) => {
+                tracing::warn!(client = self.id.0, %error, "pages are not back in their object; it is tried again");
+                self.next = now + AGAIN;
+                false
+            }
+        }
+    }
+
+    /// When to look again; `None` when there is nothing to look for.
+    pub(crate) fn next_look(&self, objects: &Objects) -> Option<Duration> {
+        let owed = objects.are_of(self.id.0).then_some(self.next);
+        [self.lives.next_poll(false), owed].into_iter().flatten().min()
+    }
+}

@@ -1,0 +1,269 @@
+//! Named objects that clients opted in: the lease on each, and its pages when the client is gone.
+//!
+//! A merged page is missing in its object, so nobody but the client may look at that. The lease, taken here and asked about here,
+//! makes whoever opens the object wait until the client took its pages home, or, when there is no client any more, until they are
+//! written back from their frames. It relies on the words of a dead process standing still, believes a descriptor only after
+//! it was vetted, and never touches an object whose client may still run.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use ksmrs_sys::lease::Description;
+use ksmrs_sys::sharers::ObjectId;
+use ksmrs_sys::store::Store;
+use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, SysError, Word};
+
+use crate::wire;
+
+/// How often it is asked whether somebody waits for a lease to end.
+const LEASE_WATCH: Duration = Duration::from_millis(50);
+/// Pages written back at once.
+const PAGES_AT_ONCE: u32 = 512;
+
+/// Where the pages of a region lie in its object.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    first_word: u32,
+    pages: u32,
+    offset: u64,
+}
+
+/// An object, held for one client.
+struct Held {
+    description: Description,
+    client: u32,
+    /// By the client's numbers.
+    regions: BTreeMap<u32, Place>,
+    /// Somebody waits for it, and the client knows.
+    recalled: bool,
+}
+
+/// All of them.
+#[derive(Default)]
+pub(crate) struct Objects {
+    held: BTreeMap<ObjectId, Held>,
+    next_watch: Duration,
+}
+
+impl Objects {
+    /// A region of a named object opts in: the lease is taken; the reason if it cannot. `was` tells whether a client that holds the
+    /// object already is the same process in an earlier connection, which took its pages home.
+    pub(crate) fn join(
+        &mut self,
+        client: u32,
+        region: u32,
+        (first_word, pages): (u32, u32),
+        object: wire::Object,
+        fd: OwnedFd,
+        was: impl Fn(u32) -> bool,
+    ) -> Result<(), String> {
+        let id = ObjectId {
+            device: object.device,
+            inode: object.inode,
+        };
+        let place = Place {
+            first_word,
+            pages,
+            offset: object.offset,
+        };
+        if self.held.get(&id).is_some_and(|held| was(held.client)) {
+            self.held.remove(&id);
+        }
+        if let Some(held) = self.held.get_mut(&id) {
+            if held.client != client {
+                return Err(format!("client {} has opted it in", held.client));
+            }
+            if held.recalled {
+                return Err("somebody has opened it".to_owned());
+            }
+            held.regions.insert(region, place);
+            return Ok(());
+        }
+        let description = Description::vet(fd, id).map_err(|error| error.to_string())?;
+        let end = object.offset + u64::from(pages) * PAGE_SIZE as u64;
+        let size = description.size().map_err(|error| error.to_string())?;
+        if size < end {
+            return Err(format!("it has {size} bytes, and the region ends at {end}"));
+        }
+        description.lease().map_err(|error| match error.errno() {
+            Some(errno) if errno == rustix::io::Errno::AGAIN.raw_os_error() => {
+                "it is open more than once, here or elsewhere".to_owned()
+            }
+            _ => error.to_string(),
+        })?;
+        let held = Held {
+            description,
+            client,
+            regions: BTreeMap::from([(region, place)]),
+            recalled: false,
+        };
+        self.held.insert(id, held);
+        Ok(())
+    }
+
+    /// A region's pages are in its object again; with the last region of an object the lease ends.
+    pub(crate) fn leave(&mut self, client: u32, region: u32) {
+        self.held.retain(|_, held| {
+            if held.client == client {
+                held.regions.remove(&region);
+            }
+            if held.regions.is_empty() {
+                release(held);
+                return false;
+            }
+            true
+        });
+    }
+
+    /// Regions that somebody began to wait for: each is told once.
+    pub(crate) fn recalls(&mut self, now: Duration) -> Vec<(u32, u32)> {
+        let mut found = Vec::new();
+        if now < self.next_watch {
+            return found;
+        }
+        self.next_watch = now + LEASE_WATCH;
+        for held in self.held.values_mut().filter(|held| !held.recalled) {
+            if !held.description.is_leased() {
+                held.recalled = true;
+                found.extend(held.regions.keys().map(|region| (held.client, *region)));
+            }
+        }
+        found
+    }
+
+    /// When to ask for recalls again; `None` while there is nothing to ask about.
+    pub(crate) fn next_watch(&self) -> Option<Duration> {
+        let watched = self.held.values().any(|held| !held.recalled);
+        watched.then_some(self.next_watch)
+    }
+
+    /// Whether a client has any.
+    pub(crate) fn are_of(&self, client: u32) -> bool {
+        self.held.values().any(|held| held.client == client)
+    }
+
+    /// Writes the pages of a dead client's objects back and lets the objects go. `exited`: nobody of that process can do so itself.
+    ///
+    /// # Errors
+    /// No room: whatever is not back yet is still in its frames; try again.
+    pub(crate) fn write_back(
+        &mut self,
+        client: u32,
+        exited: bool,
+        word: &dyn Fn(u32) -> Option<Word>,
+        number: StoreNumber,
+        store: &mut Store,
+    ) -> Result<u32, SysError> {
+        let mut written = 0;
+        for held in self.held.values().filter(|held| held.client == client) {
+            for place in held.regions.values() {
+                written += write_back(&held.description, *place, word, number, store)?;
+            }
+        }
+        self.held.retain(|_, held| {
+            let theirs = held.client == client;
+            if theirs && exited {
+                release(held);
+            }
+            !theirs
+        });
+        Ok(written)
+    }
+}
+
+/// Whoever waits goes on.
+fn release(held: &Held) {
+    // There is none any more if it was waited for too long.
+    if let Err(error) = held.description.release() {
+        tracing::debug!(client = held.client, %error, "no lease to give up");
+    }
+}
+
+/// How a dead client's page is brought back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Missing {
+    /// Its home is a hole, or complete.
+    Perhaps(Slot),
+    /// Its home was being filled, and nobody had written to it yet.
+    Partly(Slot),
+}
+
+/// What a word says about the page's home. Frames of other stores are out of reach; the client took such pages home long ago.
+fn missing(word: Word, number: StoreNumber) -> Option<Missing> {
+    let (store, slot) = word.frame()?;
+    if store != number || slot == Slot::ZERO {
+        return None;
+    }
+    match word.checked_state()? {
+        State::Breaking => Some(Missing::Partly(slot)),
+        // Complete, and newer than the frame.
+        State::Homed | State::Private | State::Leaving => None,
+        _ => Some(Missing::Perhaps(slot)),
+    }
+}
+
+fn write_back(
+    description: &Description,
+    place: Place,
+    word: &dyn Fn(u32) -> Option<Word>,
+    number: StoreNumber,
+    store: &mut Store,
+) -> Result<u32, SysError> {
+    let of = |page: u32| missing(word(place.first_word + page)?, number);
+    let mut written = 0;
+    let mut page = 0;
+    while page < place.pages {
+        let Some(first) = of(page) else {
+            page += 1;
+            continue;
+        };
+        let mut run = 1;
+        while run < PAGES_AT_ONCE && page + run < place.pages && of(page + run) == Some(first.plus(run)) {
+            run += 1;
+        }
+        let offset = place.offset + u64::from(page) * PAGE_SIZE as u64;
+        written += match first {
+            Missing::Perhaps(slot) => store.fill_holes(description, offset, slot, run)?,
+            Missing::Partly(slot) => store.copy_to(description, offset, slot, run)?,
+        };
+        page += run;
+    }
+    Ok(written)
+}
+
+impl Missing {
+    fn plus(self, pages: u32) -> Missing {
+        match self {
+            Missing::Perhaps(slot) => Missing::Perhaps(slot.plus(pages)),
+            Missing::Partly(slot) => Missing::Partly(slot.plus(pages)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_home_stays_as_it_is() {
+        let (ours, other) = (StoreNumber(2), StoreNumber(3));
+        let slot = Slot(7);
+        let word = |state| Word::PRIVATE.with_state(state).with_frame(ours, slot);
+        for state in [
+            State::Merged,
+            State::Committing,
+            State::Detached,
+            State::Held,
+            State::Frozen,
+        ] {
+            assert_eq!(missing(word(state), ours), Some(Missing::Perhaps(slot)), "{state:?}");
+            assert_eq!(missing(word(state), other), None);
+        }
+        assert_eq!(missing(word(State::Breaking), ours), Some(Missing::Partly(slot)));
+        assert_eq!(missing(word(State::Homed), ours), None);
+        assert_eq!(missing(Word::PRIVATE, ours), None);
+        assert_eq!(missing(Word::PRIVATE.with_state(State::Zero), ours), None);
+        assert_eq!(missing(Word(15), ours), None);
+    }
+}

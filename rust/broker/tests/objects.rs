@@ -1,0 +1,198 @@
+//! Named objects at the broker: what is refused a lease, who is told of an opener, and what is written back for the dead.
+
+mod fake;
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use fake::{Broker, FakeClient, page, wait_for};
+use ksmrs_broker::wire::{Kind, Object, ToBroker, ToClient};
+use ksmrs_sys::peer::Wait;
+use ksmrs_sys::{PAGE_SIZE, State, Word};
+use rustix::fs::Mode;
+use rustix::shm;
+
+const FIRST_WORD: u32 = 300;
+
+/// A POSIX object of this test's own, unlinked at its end.
+struct Named {
+    name: String,
+    file: std::fs::File,
+}
+
+impl Named {
+    fn new(name: &str, pages: u64) -> Named {
+        let name = format!("/ksmrs-broker-test-{}-{name}", std::process::id());
+        let flags = shm::OFlags::CREATE | shm::OFlags::EXCL | shm::OFlags::RDWR;
+        let fd = shm::open(&name, flags, Mode::RUSR | Mode::WUSR).unwrap();
+        rustix::fs::ftruncate(&fd, pages * PAGE_SIZE as u64).unwrap();
+        Named { name, file: fd.into() }
+    }
+
+    fn object(&self) -> Object {
+        let stat = rustix::fs::fstat(&self.file).unwrap();
+        Object {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+            offset: 0,
+        }
+    }
+
+    fn open(&self) -> OwnedFd {
+        shm::open(&self.name, shm::OFlags::RDWR, Mode::empty()).unwrap()
+    }
+
+    fn page(&self, at: u64) -> [u8; PAGE_SIZE] {
+        let mut bytes = [0; PAGE_SIZE];
+        self.file.read_exact_at(&mut bytes, at * PAGE_SIZE as u64).unwrap();
+        bytes
+    }
+}
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        let _ = shm::unlink(&self.name);
+    }
+}
+
+fn join(client: &mut FakeClient, region: u32, pages: u32, object: Object, fd: impl AsFd) -> Result<(), String> {
+    let join = ToBroker::Join {
+        region,
+        kind: Kind::Shared,
+        first_word: FIRST_WORD + region,
+        pages,
+        position: 0,
+        flags: 0,
+        object: Some(object),
+    };
+    client.connection.send(&join, Some(fd.as_fd()), Wait::Yes).unwrap();
+    match client.work_until(|message| matches!(message, ToClient::Refused { .. } | ToClient::Joined { .. })) {
+        ToClient::Refused { reason, .. } => Err(reason),
+        _ => Ok(()),
+    }
+}
+
+fn leave(client: &mut FakeClient, region: u32) {
+    client.send(ToBroker::Leave { region });
+    client.work_until(|message| *message == ToClient::Left { region });
+}
+
+#[test]
+fn objects_that_are_not_what_they_are_called_are_refused() {
+    let broker = Broker::start("objects");
+    let (mut client, mut other) = (FakeClient::new(&broker), FakeClient::new(&broker));
+    let named = Named::new("refused", 4);
+    let (object, null) = (named.object(), std::fs::File::open("/dev/null").unwrap());
+    let mut refused = |object, pages, fd: &dyn AsFd, wanted: &str| {
+        let reason = join(&mut client, 500, pages, object, fd.as_fd()).unwrap_err();
+        assert!(reason.contains(wanted), "{reason:?} does not say {wanted:?}");
+    };
+    refused(object, 4, &null, "inode");
+    refused(
+        Object {
+            inode: object.inode + 1,
+            ..object
+        },
+        4,
+        &named.file,
+        "inode",
+    );
+    refused(object, 5, &named.file, "ends at 20480");
+    let second = named.open();
+    refused(object, 4, &named.file, "open more than once");
+    drop(second);
+    join(&mut client, 500, 2, object, &named.file).unwrap();
+    assert!(
+        join(&mut client, 500, 2, object, &named.file)
+            .unwrap_err()
+            .contains("joined already")
+    );
+    // Another part of it, by the same client; but nobody else.
+    let rest = Object {
+        offset: 2 * PAGE_SIZE as u64,
+        ..object
+    };
+    join(&mut client, 502, 2, rest, &named.file).unwrap();
+    assert!(
+        join(&mut other, 500, 2, object, &named.file)
+            .unwrap_err()
+            .contains("has opted it in")
+    );
+    for region in [500, 502] {
+        leave(&mut client, region);
+    }
+    drop(named.open());
+    join(&mut other, 500, 2, object, &named.file).unwrap();
+}
+
+#[test]
+fn an_opener_waits_until_every_region_of_the_object_left() {
+    let broker = Broker::start("openers");
+    let mut client = FakeClient::new(&broker);
+    let named = Named::new("opened", 4);
+    let object = named.object();
+    join(&mut client, 1, 2, object, &named.file).unwrap();
+    let rest = Object {
+        offset: 2 * PAGE_SIZE as u64,
+        ..object
+    };
+    join(&mut client, 3, 2, rest, &named.file).unwrap();
+    std::thread::scope(|scope| {
+        let opener = scope.spawn(|| named.open());
+        for region in [1, 3] {
+            let recalled = client.work_until(|message| matches!(message, ToClient::Recall { .. }));
+            assert_eq!(recalled, ToClient::Recall { region });
+            assert!(!opener.is_finished());
+        }
+        leave(&mut client, 1);
+        assert!(!opener.is_finished());
+        leave(&mut client, 3);
+        drop(opener.join().unwrap());
+    });
+}
+
+#[test]
+fn what_a_dead_client_left_out_of_its_object_is_written_back() {
+    let broker = Broker::start("dead");
+    let mut client = FakeClient::new(&broker);
+    let (_, first) = client.join([7, 7]);
+    client.merge();
+    let frame = client.word(first).frame().expect("it merged");
+    let named = Named::new("dead", 6);
+    join(&mut client, 9, 6, named.object(), &named.file).unwrap();
+    let word = |state| Word::PRIVATE.with_state(state).with_frame(frame.0, frame.1);
+    let states = [
+        word(State::Merged),
+        word(State::Breaking),
+        word(State::Homed),
+        Word::PRIVATE,
+        word(State::Merged),
+        Word::PRIVATE.with_state(State::Zero),
+    ];
+    // All but the first and the last have something at home: half of a page, a newer one, the page itself, the same bytes.
+    for (at, byte) in [(1, 1u8), (2, 2), (3, 3)] {
+        named
+            .file
+            .write_all_at(&[byte; PAGE_SIZE], at * PAGE_SIZE as u64)
+            .unwrap();
+    }
+    named.file.write_all_at(&page(7), 4 * PAGE_SIZE as u64).unwrap();
+    for (at, state) in states.into_iter().enumerate() {
+        client.store_word(FIRST_WORD + 9 + at as u32, state);
+    }
+    assert_eq!(named.page(0), [0; PAGE_SIZE]);
+    drop(client);
+    wait_for(|| named.page(1) == page(7), || broker.log());
+    broker.logged("hold all their bytes again");
+    let expected = [
+        page(7),
+        page(7),
+        [2; PAGE_SIZE],
+        [3; PAGE_SIZE],
+        page(7),
+        [0; PAGE_SIZE],
+    ];
+    for (at, expected) in expected.iter().enumerate() {
+        assert!(named.page(at as u64) == *expected, "page {at}");
+    }
+}

@@ -1,0 +1,98 @@
+//! Reading memory that may vanish: an object of the program's, which whoever has a descriptor of it may cut short.
+//!
+//! A mapped read beyond the end of an object is a SIGBUS, so the kernel is asked for copies of our own memory instead
+//! (`process_vm_readv`, which says EFAULT), many pages at a call. It would also give memory to holes that it reads, so
+//! holes are asked for first. Nothing here owns a page, and nothing runs in the signal handler.
+
+use crate::mapping::View;
+use crate::object::PAGE_SIZE;
+use crate::pagemap::Bits;
+use crate::protocol::{MAX_RUN, Page, Span};
+use rustix::io::Errno;
+use std::ptr;
+
+/// Copies bytes of our own memory as far as it is there; how many.
+pub(crate) fn copy(from: *const u8, into: &mut [u8]) -> usize {
+    // SAFETY: the target is exclusively borrowed and as long as it says.
+    unsafe { copy_to(from, into.as_mut_ptr(), into.len()) }
+}
+
+/// Copies bytes of our own memory, as far as it is there, to where others may be reading; how many.
+///
+/// # Safety
+/// `to` is good for `bytes` bytes of writes.
+pub(crate) unsafe fn copy_to(from: *const u8, to: *mut u8, bytes: usize) -> usize {
+    let local = libc::iovec {
+        iov_base: to.cast(),
+        iov_len: bytes,
+    };
+    let remote = libc::iovec {
+        iov_base: ptr::with_exposed_provenance_mut(from.addr()),
+        iov_len: bytes,
+    };
+    // SAFETY: the kernel checks the source, and writes to the target, which is the caller's promise.
+    let copied = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+    usize::try_from(copied).unwrap_or(0)
+}
+
+/// Whether a byte can be read there; holes count as there.
+pub(crate) fn is_there(address: usize) -> bool {
+    copy(ptr::with_exposed_provenance(address), &mut [0u8]) == 1
+}
+
+/// Finds the pages of a span that have memory in RAM (mincore): neither holes nor swapped out.
+pub(crate) fn resident(view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+    let mut residency = [0u8; MAX_RUN];
+    found.reset(span.pages);
+    let mut done = 0;
+    while done < span.pages {
+        let now = (span.pages - done).min(MAX_RUN as u32);
+        let start = view.page(span.first.plus(done)).cast_mut();
+        // SAFETY: the kernel looks the range up and writes a byte per page into the array, which is long enough.
+        if unsafe { libc::mincore(start.cast(), now as usize * PAGE_SIZE, residency.as_mut_ptr()) } != 0 {
+            return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+        }
+        for (at, page) in residency[..now as usize].iter().enumerate() {
+            if page & 1 != 0 {
+                found.set(done + at as u32);
+            }
+        }
+        done += now;
+    }
+    Ok(())
+}
+
+/// Pages copied ahead at one call.
+pub(crate) const AHEAD: u32 = 32;
+
+/// Copies of the pages that a scan is about to look at.
+#[derive(Default)]
+pub(crate) struct Ahead {
+    bytes: Vec<u8>,
+    span: Option<Span>,
+}
+
+impl Ahead {
+    /// Forgets its copies: what comes must be looked at anew.
+    pub(crate) fn forget(&mut self) {
+        self.span = None;
+    }
+
+    /// A copy of a page, and of as many pages after it as `more` says, at most; `None` if it is not there.
+    pub(crate) fn page(&mut self, view: &View, page: Page, more: u32) -> Option<&[u8; PAGE_SIZE]> {
+        let held = self.span.filter(|span| span.first <= page && page < span.end());
+        let span = match held {
+            Some(span) => span,
+            None => {
+                let pages = (more + 1).min(AHEAD);
+                self.bytes.resize(AHEAD as usize * PAGE_SIZE, 0);
+                let copied = copy(view.page(page), &mut self.bytes[..pages as usize * PAGE_SIZE]);
+                let pages = (copied / PAGE_SIZE) as u32;
+                self.span = (pages > 0).then_some(Span { first: page, pages });
+                self.span?
+            }
+        };
+        let at = (page.0 - span.first.0) as usize * PAGE_SIZE;
+        self.bytes[at..].first_chunk()
+    }
+}
