@@ -1,10 +1,10 @@
 """The oracle: no byte is ever wrong, whatever the broker does.
 
-Several processes keep pages in private and shared regions and write to them from several threads, while pages merge and the
-broker is killed again and again. The content of half a page is a function of a class, which many pages in all processes share,
-and a version, which makes it the page's own. What each half must hold is kept in ordinary memory, which is in no region. Every
-write is preceded and followed by a comparison of what it is about to replace and what it wrote; at the end every page is
-compared once more.
+Several processes keep pages in private and shared regions, or in arrays, mappings and named objects of their own, and write to
+them from several threads, while pages merge, the broker is killed again and again, and an outsider opens the named objects.
+The content of half a page is a function of a class, which many pages in all processes share, and a version, which makes it the
+page's own. What each half must hold is kept in ordinary memory, which is in no region. Every write is preceded and followed by
+a comparison of what it is about to replace and what it wrote; at the end every page is compared once more.
 
 Two threads write the two halves of the same pages, so they break the same pages at the same time; memmove and memcmp are
 called through ctypes, which releases the GIL. Writing goes on within a window that moves, for only pages at rest merge.
@@ -15,7 +15,9 @@ called through ctypes, which releases the GIL. Writing goes on within a window t
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
+import mmap
 import os
 import random
 import signal
@@ -28,8 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import posix_ipc
 
 import ksmrs
+from ksmrs import _adopt
 
 PAGE = 4096
 HALF = PAGE // 2
@@ -73,19 +77,69 @@ class Wrong(Exception):
     """A byte is not what was written."""
 
 
-class Field:
-    """A region, and what every half page of it must hold."""
+REGIONS = ("private region", "shared region")
+OWN = ("ndarray", "anonymous mapping", "named object")
 
-    def __init__(self, shared: bool, contents: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
-        self.kind = "shared" if shared else "private"
-        self.region = ksmrs.Region(PAGES * PAGE, shared)
-        self._array = self.region.array(np.uint8, PAGES * PAGE)
+
+def name_of(pid: int) -> str:
+    """The object of a worker that has a named one."""
+    return f"/ksmrs-oracle-{pid}"
+
+
+class Field:
+    """Memory that takes part, and what every half page of it must hold."""
+
+    def __init__(self, kind: str, contents: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+        self.kind = kind
+        # An outsider tells by the zeros whether it found a hole where bytes should be.
+        self.classes = range(1 if kind == "named object" else 0, CLASSES)
+        self.region: Any
+        if kind in REGIONS:
+            self.region = ksmrs.Region(PAGES * PAGE, kind == "shared region")
+            self._array = self.region.array(np.uint8, PAGES * PAGE)
+        elif kind == "ndarray":
+            raw = np.empty((PAGES + 1) * PAGE, np.uint8)
+            first = -raw.ctypes.data % PAGE
+            self._array = self.region = raw[first : first + PAGES * PAGE]
+        elif kind == "anonymous mapping":
+            self.region = mmap.mmap(-1, PAGES * PAGE)
+            self._array = np.frombuffer(self.region, np.uint8)
+        else:
+            made = posix_ipc.SharedMemory(name_of(os.getpid()), posix_ipc.O_CREX, size=PAGES * PAGE)
+            self.region = mmap.mmap(made.fd, made.size)
+            made.close_fd()
+            self._array = np.frombuffer(self.region, np.uint8)
+        if kind in OWN:
+            ksmrs.madvise(self.region, ksmrs.MADV_MERGEABLE)
         self._address = self._array.ctypes.data
         self._contents = contents
         self._expected_from = contents.ctypes.data
         self.expected = [[0] * THREADS for _ in range(PAGES)]
         self.busy: list[int | None] = [None] * THREADS
         """The page that each thread is writing now: a forked child can't know which content it finds there."""
+
+    def page_states(self) -> bytes:
+        """The state of every page, but of those that are at home for now."""
+        if self.kind in REGIONS:
+            return bytes(self.region.page_states())
+        return b"".join(
+            region.page_states()
+            for hold in list(_adopt._holds.values())
+            for region in list(hold.regions)
+            if region.address == self._address
+        )
+
+    def digest(self) -> str:
+        """Of what all of it must hold."""
+        numbers = np.array(self.expected).reshape(-1)
+        return hashlib.sha256(self._contents[numbers].tobytes()).hexdigest()
+
+    def end(self) -> None:
+        """Take it out of ksmrs; its bytes stay."""
+        if self.kind in REGIONS:
+            self.region.close()
+        else:
+            ksmrs.madvise(self.region, ksmrs.MADV_UNMERGEABLE)
 
     def check(self, page: int, half: int) -> None:
         """Compare half a page with what was last written to it."""
@@ -96,9 +150,9 @@ class Field:
             at = int(np.flatnonzero(found != self._contents[wanted])[:1].sum())
             matches = [number for number in range(len(self._contents)) if (self._contents[number] == found).all()]
             raise Wrong(
-                f"pid {os.getpid()}, {self.kind} region, page {page}, half {half}, byte {at}: {found[at]:#04x}, not "
+                f"pid {os.getpid()}, {self.kind}, page {page}, half {half}, byte {at}: {found[at]:#04x}, not "
                 f"{self._contents[wanted][at]:#04x}; wrote content {wanted}, found {matches or 'none of ours'}; state "
-                f"{ksmrs.PageState(self.region.page_states()[page]).name}"
+                f"{[ksmrs.PageState(state).name for state in self.page_states()[page : page + 1]]}"
             )
 
     def write(self, page: int, half: int, content: int, first: int, last: int) -> None:
@@ -142,7 +196,7 @@ class Writer(threading.Thread):
         while not self._stop_now.is_set() and int(time.monotonic() / WINDOW_SECONDS) == turn:
             if style == 0:
                 # A sequential writer: a whole run of pages gets the same class, good for merging again.
-                kind = chance.randrange(CLASSES)
+                kind = chance.choice(field.classes)
                 for page in range(start, start + WINDOW):
                     field.write(page, self._half, kind * VERSIONS, 0, HALF)
                 self.verified += WINDOW
@@ -154,7 +208,7 @@ class Writer(threading.Thread):
                 # Few bytes: the rest of the half page must come through the break unharmed.
                 content = old // VERSIONS * VERSIONS + chance.randrange(VERSIONS)
             else:
-                content = chance.randrange(CLASSES * VERSIONS)
+                content = chance.choice(field.classes) * VERSIONS + chance.randrange(VERSIONS)
             field.write(page, self._half, content, 0, DIFFERENCE if style == 1 else HALF)
             field.check(start + chance.randrange(WINDOW), self._half)
             self.verified += 2
@@ -188,12 +242,12 @@ def forked(fields: list[Field], seed: int) -> int:
 def worker(seconds: float, seed: int) -> dict[str, Any]:
     """One process: writers, a thread that asks for merging, and the last look at everything."""
     contents = make_contents()
-    fields = [Field(False, contents), Field(True, contents)]
+    fields = [Field(kind, contents) for kind in (OWN if seed % 2 else REGIONS)]
     # Everybody begins with the same contents in the same places, so that there is something to merge at once.
     start = random.Random(4711)
     for field in fields:
         for page in range(PAGES):
-            both = start.randrange(CLASSES) * VERSIONS
+            both = max(start.randrange(CLASSES), field.classes[0]) * VERSIONS
             for half in range(THREADS):
                 field.write(page, half, both, 0, HALF)
     stop = threading.Event()
@@ -238,7 +292,7 @@ def worker(seconds: float, seed: int) -> dict[str, Any]:
             for half in range(THREADS):
                 field.check(page, half)
     for field in fields:
-        field.region.close()
+        field.end()
         for page in range(PAGES):
             for half in range(THREADS):
                 field.check(page, half)
@@ -247,13 +301,54 @@ def worker(seconds: float, seed: int) -> dict[str, Any]:
         "verified": sum(writer.verified for writer in writers),
         "merged_most": merged_most,
         "forks": forks,
+        "object": next((field.digest() for field in fields if field.kind == "named object"), None),
         **{name: getattr(counters, name) for name in ("merges", "breaks") if hasattr(counters, name)},
     }
 
 
 def _merged(field: Field) -> int:
-    states = field.region.page_states()
+    states = field.page_states()
     return states.count(ksmrs.PageState.MERGED) + states.count(ksmrs.PageState.ZERO)
+
+
+class Outsider(threading.Thread):
+    """Another program, to the workers: opens their named objects at random and looks for bytes that nobody wrote.
+
+    It reads while others write, so half a page may be of two contents; but each byte is one that some content has there, and no
+    half is all zeros, which is what a page that is missing in its object would be.
+    """
+
+    def __init__(self, paths: list[Path], seed: int) -> None:
+        super().__init__(name="outsider")
+        self._paths = paths
+        self._random = random.Random(seed)
+        self.over = threading.Event()
+        self.opened = 0
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        contents = make_contents()[VERSIONS:]
+        known = np.zeros((HALF, 256), bool)
+        for content in contents:
+            known[np.arange(HALF), content] = True
+        try:
+            while not self.over.wait(self._random.uniform(0, 1)):
+                path = self._random.choice(self._paths)
+                if path.exists() and (data := path.read_bytes()):
+                    self._look(np.frombuffer(data, np.uint8).reshape(-1, HALF), known, path)
+        except BaseException as raised:
+            self.failure = raised
+
+    def _look(self, halves: np.ndarray[Any, np.dtype[np.uint8]], known: Any, path: Path) -> None:
+        if not halves.any():
+            return  # just made
+        self.opened += 1
+        missing = np.flatnonzero(~halves.any(axis=1))
+        strange = np.flatnonzero(~known[np.arange(HALF), halves].all(axis=1))
+        # A worker that has not come so far yet has written none of the pages after these.
+        filled = np.flatnonzero(halves.any(axis=1))[-1]
+        if (missing < filled - THREADS).any() or len(set(strange) - set(missing)):
+            raise Wrong(f"{path}: an outsider found zeros in halves {missing[:9]}, strangers in {strange[:9]}")
 
 
 def conduct(seconds: float, processes: int = 4, seed: int | None = None) -> dict[str, Any]:
@@ -272,6 +367,9 @@ def conduct(seconds: float, processes: int = 4, seed: int | None = None) -> dict
         )
         for number in range(processes)
     ]
+    named = {process.pid: Path("/dev/shm") / name_of(process.pid)[1:] for process in workers}
+    outsider = Outsider(list(named.values()), seed)
+    outsider.start()
     killed = stopped = 0
     began = time.monotonic()
     chance = random.Random(seed)
@@ -300,6 +398,13 @@ def conduct(seconds: float, processes: int = 4, seed: int | None = None) -> dict
             if process.poll() is None:
                 process.kill()
         answers = [process.communicate() for process in workers]
+        outsider.over.set()
+        outsider.join()
+        left = {pid: hashlib.sha256(path.read_bytes()).hexdigest() for pid, path in named.items() if path.exists()}
+        for pid in left:
+            named[pid].unlink()
+    if outsider.failure is not None:
+        raise outsider.failure
     wrong = [
         f"worker {number} ended with {process.returncode}: {errors.strip()}"
         for number, (process, (_, errors)) in enumerate(zip(workers, answers, strict=True))
@@ -308,11 +413,14 @@ def conduct(seconds: float, processes: int = 4, seed: int | None = None) -> dict
     if wrong:
         raise Wrong(f"seed {seed}\n" + "\n".join(wrong))
     reports = [json.loads(output) for output, _ in answers]
+    for process, report in zip(workers, reports, strict=True):
+        if left.get(process.pid) != report["object"]:
+            raise Wrong(f"the object of worker {process.pid} does not hold at its end what the worker left in it")
     total = {
         name: sum(report.get(name, 0) for report in reports)
         for name in ("verified", "merged_most", "merges", "breaks", "forks")
     }
-    total |= {"brokers_killed": killed, "workers_stopped": stopped}
+    total |= {"brokers_killed": killed, "workers_stopped": stopped, "opened_by_outsiders": outsider.opened}
     return {**total, "seconds": round(time.monotonic() - began, 1), "seed": seed}
 
 

@@ -96,6 +96,11 @@ impl Objects {
         true
     }
 
+    /// All of them, wherever their pages are.
+    pub(super) fn regions(&self) -> impl Iterator<Item = &Arc<Region>> {
+        self.entries.values().map(|entry| &entry.region)
+    }
+
     /// Forgets a region that ended, and says how it stood; what merged of it is home already.
     pub(super) fn remove(&mut self, region: &Arc<Region>) -> Option<Standing> {
         let entry = self.entries.get(&number(region))?;

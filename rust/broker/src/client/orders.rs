@@ -105,10 +105,10 @@ impl Desk {
         })
     }
 
-    /// Stores whose frames some page still shows or lies over.
-    pub(super) fn stores_in_use(&self) -> Vec<StoreNumber> {
+    /// Stores whose frames some page still shows or lies over, also of regions on their way home.
+    pub(super) fn stores_in_use(&self, objects: &Objects) -> Vec<StoreNumber> {
         let mut bits = [0u64; 4];
-        for region in self.regions.values() {
+        for region in self.regions.values().chain(objects.regions()) {
             region.stores_in_use(&mut bits);
         }
         (1..=255)

@@ -276,7 +276,12 @@ impl Remapper {
             release: env!("CARGO_PKG_VERSION").to_owned(),
             domain: self.options.domain.clone(),
             pid: std::process::id(),
-            stores: self.desk.stores_in_use().into_iter().map(|store| store.0).collect(),
+            stores: self
+                .desk
+                .stores_in_use(&self.objects)
+                .into_iter()
+                .map(|store| store.0)
+                .collect(),
         };
         let opened = Link::open(&self.options, number, &self.mailbox).and_then(|link| {
             link.send(&hello, None)?;
@@ -389,7 +394,7 @@ impl Remapper {
         if self.anchors.is_empty() || recently && !self.desk.is_empty() {
             return;
         }
-        let used = self.desk.stores_in_use();
+        let used = self.desk.stores_in_use(&self.objects);
         self.anchors.retain(|(number, _)| used.contains(number));
         self.weighed = Some(Instant::now());
     }
@@ -495,7 +500,7 @@ impl Remapper {
             what: "Welcome",
             reason,
         };
-        let taken = store.0 == 0 || self.desk.stores_in_use().contains(&store);
+        let taken = store.0 == 0 || self.desk.stores_in_use(&self.objects).contains(&store);
         let Some(session) = self
             .session
             .as_mut()
