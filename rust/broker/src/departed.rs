@@ -116,6 +116,12 @@ impl Departed {
                 );
                 true
             }
+            // Sealed against writing: nobody's bytes but its own maker's are lost.
+            Err(error) if error.errno() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
+                tracing::error!(client = self.id.0, pid = self.pid, %error, "pages cannot be written back to their object");
+                objects.forget(self.id.0);
+                true
+            }
             Err(error) => {
                 tracing::warn!(client = self.id.0, %error, "pages are not back in their object; it is tried again");
                 self.next = now + AGAIN;

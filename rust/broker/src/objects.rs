@@ -143,6 +143,11 @@ impl Objects {
         self.held.values().any(|held| held.client == client)
     }
 
+    /// Lets a dead client's objects go as they are.
+    pub(crate) fn forget(&mut self, client: u32) {
+        self.held.retain(|_, held| held.client != client);
+    }
+
     /// Writes the pages of a dead client's objects back and lets the objects go. `exited`: nobody of that process can do so itself.
     ///
     /// # Errors
@@ -189,10 +194,11 @@ enum Missing {
     Partly(Slot),
 }
 
-/// What a word says about the page's home. Frames of other stores are out of reach; the client took such pages home long ago.
-fn missing(word: Word, number: StoreNumber) -> Option<Missing> {
+/// What a word says about the page's home. Frames of other stores are out of reach; the client took such pages home long ago. A
+/// word that lies names a slot that is not there.
+fn missing(word: Word, number: StoreNumber, slots: u32) -> Option<Missing> {
     let (store, slot) = word.frame()?;
-    if store != number || slot == Slot::ZERO {
+    if store != number || slot.0 >= slots {
         return None;
     }
     match word.checked_state()? {
@@ -210,16 +216,20 @@ fn write_back(
     number: StoreNumber,
     store: &mut Store,
 ) -> Result<u32, SysError> {
-    let of = |page: u32| missing(word(place.first_word + page)?, number);
+    let slots = store.slots();
+    let of = |page: u32| missing(word(place.first_word + page)?, number, slots);
+    // What was cut off by its owner is not to come back.
+    let there = description.size()?.saturating_sub(place.offset) / PAGE_SIZE as u64;
+    let pages = place.pages.min(u32::try_from(there).unwrap_or(u32::MAX));
     let mut written = 0;
     let mut page = 0;
-    while page < place.pages {
+    while page < pages {
         let Some(first) = of(page) else {
             page += 1;
             continue;
         };
         let mut run = 1;
-        while run < PAGES_AT_ONCE && page + run < place.pages && of(page + run) == Some(first.plus(run)) {
+        while run < PAGES_AT_ONCE && page + run < pages && of(page + run) == Some(first.plus(run)) {
             run += 1;
         }
         let offset = place.offset + u64::from(page) * PAGE_SIZE as u64;
@@ -257,13 +267,14 @@ mod tests {
             State::Held,
             State::Frozen,
         ] {
-            assert_eq!(missing(word(state), ours), Some(Missing::Perhaps(slot)), "{state:?}");
-            assert_eq!(missing(word(state), other), None);
+            assert_eq!(missing(word(state), ours, 8), Some(Missing::Perhaps(slot)), "{state:?}");
+            assert_eq!(missing(word(state), other, 8), None);
         }
-        assert_eq!(missing(word(State::Breaking), ours), Some(Missing::Partly(slot)));
-        assert_eq!(missing(word(State::Homed), ours), None);
-        assert_eq!(missing(Word::PRIVATE, ours), None);
-        assert_eq!(missing(Word::PRIVATE.with_state(State::Zero), ours), None);
-        assert_eq!(missing(Word(15), ours), None);
+        assert_eq!(missing(word(State::Breaking), ours, 8), Some(Missing::Partly(slot)));
+        assert_eq!(missing(word(State::Homed), ours, 8), None);
+        assert_eq!(missing(Word::PRIVATE, ours, 8), None);
+        assert_eq!(missing(Word::PRIVATE.with_state(State::Zero), ours, 8), None);
+        assert_eq!(missing(Word(15), ours, 8), None);
+        assert_eq!(missing(word(State::Merged), ours, 7), None, "no such slot");
     }
 }

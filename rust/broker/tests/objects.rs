@@ -158,8 +158,8 @@ fn what_a_dead_client_left_out_of_its_object_is_written_back() {
     let (_, first) = client.join([7, 7]);
     client.merge();
     let frame = client.word(first).frame().expect("it merged");
-    let named = Named::new("dead", 6);
-    join(&mut client, 9, 6, named.object(), &named.file).unwrap();
+    let named = Named::new("dead", 8);
+    join(&mut client, 9, 8, named.object(), &named.file).unwrap();
     let word = |state| Word::PRIVATE.with_state(state).with_frame(frame.0, frame.1);
     let states = [
         word(State::Merged),
@@ -168,8 +168,11 @@ fn what_a_dead_client_left_out_of_its_object_is_written_back() {
         Word::PRIVATE,
         word(State::Merged),
         Word::PRIVATE.with_state(State::Zero),
+        // Words that lie: no such slot.
+        word(State::Merged).with_frame(frame.0, ksmrs_sys::Slot(u32::MAX - 1)),
+        word(State::Breaking).with_frame(frame.0, ksmrs_sys::Slot(u32::MAX)),
     ];
-    // All but the first and the last have something at home: half of a page, a newer one, the page itself, the same bytes.
+    // Some have something at home: half of a page, a newer one, the page itself, the same bytes.
     for (at, byte) in [(1, 1u8), (2, 2), (3, 3)] {
         named
             .file
