@@ -359,10 +359,13 @@ impl Conductor {
                             }
                             _ => Ok(()),
                         };
-                        match leased.and_then(|()| domain.join(session, region, kind, slice, position)) {
+                        let joined = leased.and_then(|()| {
+                            let joined = domain.join(session, region, kind, slice, position);
+                            joined.inspect_err(|_| self.objects.leave(id, region))
+                        });
+                        match joined {
                             Ok(()) => session.send(&ToClient::Joined { region }, None),
                             Err(reason) => {
-                                self.objects.leave(id, region);
                                 tracing::warn!(client = id, region, reason, "region refused");
                                 session.send(&ToClient::Refused { region, reason }, None)
                             }

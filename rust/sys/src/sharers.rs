@@ -143,6 +143,8 @@ fn mapped_object(line: &[u8]) -> Option<ObjectId> {
 
 /// What decides whether a process can have come to an object of ours by descent.
 struct Kinship {
+    /// Whether it ended and waits for its parent to ask: it has nothing any more, and may not be looked into.
+    ended: bool,
     parent: u32,
     /// Whether it runs the image of the process it was forked from (PF_FORKNOEXEC).
     forked: bool,
@@ -157,10 +159,14 @@ impl Kinship {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
         // The name is in parentheses and may hold anything.
         let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        let parent = fields.nth(1)?.parse().ok()?;
+        let state = fields.next()?;
+        let parent = fields.next()?.parse().ok()?;
         let flags: u32 = fields.nth(4)?.parse().ok()?;
-        let started = fields.nth(12)?.parse().ok()?;
+        let threads: u32 = fields.nth(10)?.parse().ok()?;
+        let started = fields.nth(1)?.parse().ok()?;
         Some(Kinship {
+            // Its first thread may have ended before the others.
+            ended: matches!(state, "Z" | "X") && threads <= 1,
             parent,
             forked: flags & FORKNOEXEC != 0,
             started,
@@ -192,7 +198,7 @@ fn may_be_relative(pid: u32, us: &Kinship) -> bool {
     let uids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
     let same = uids.is_some_and(|uids| uids.split_ascii_whitespace().any(|uid| uid == ours));
     // A kernel thread is readable and empty; it does not come here.
-    same && (us.forked || them.started >= us.started)
+    same && !them.ended && (us.forked || them.started >= us.started)
 }
 
 #[cfg(test)]
@@ -219,6 +225,19 @@ mod tests {
         drop(child.stdin.take());
         child.wait().unwrap();
         assert!(of(&objects, 0).is_empty());
+    }
+
+    #[test]
+    fn a_process_that_ended_has_nothing() {
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let us = Kinship::of(std::process::id()).unwrap();
+        while !Kinship::of(child.id()).unwrap().ended {
+            std::thread::yield_now();
+        }
+        let them = Kinship::of(child.id()).unwrap();
+        assert!(them.parent == std::process::id() && them.started >= us.started && !us.ended);
+        assert!(!may_be_relative(child.id(), &us));
+        child.wait().unwrap();
     }
 
     #[test]
