@@ -22,7 +22,7 @@ from typing import Any
 
 from ksmrs import _faulthandler, _ksmrs
 from ksmrs._errors import ArgumentError, ClosedRegionError, ForeignMemoryError, SystemCallError, UnsupportedError
-from ksmrs._extent import extent, unwrapped
+from ksmrs._extent import extent, is_shared_memory, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
 MIN_BYTES = 64 * 1024
@@ -199,7 +199,7 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: boo
             raise UnsupportedError("the interpreter is ending: nothing is opted in any more")
         _install()
         key, hold = _held(owner, kind)
-        if hasattr(buffer, "close") and hasattr(buffer, "buf"):
+        if is_shared_memory(buffer):
             _leave_before_close(buffer, key)
         made: list[_ksmrs.Adopted] = []
         try:
@@ -249,7 +249,7 @@ def _leave_before_close(memory: Any, key: int) -> None:
     reference = weakref.ref(memory)
 
     def close() -> None:
-        give_back_all(lambda held, _: held == key)
+        _give_back_all(lambda held, _: held == key)
         closing = reference()
         if closing is not None:
             type(closing).close(closing)
@@ -265,13 +265,13 @@ def _leave_before_sending() -> None:
 
     def reduce_arena(arena: Any) -> Any:
         low, length = extent(arena.buffer)
-        give_back_all(lambda _, hold: any(low <= region.address < low + length for region in hold.regions))
+        _give_back_all(lambda _, hold: any(low <= region.address < low + length for region in hold.regions))
         return heap.reduce_arena(arena)
 
     reduction.register(heap.Arena, reduce_arena)
 
 
-def give_back_all(chosen: Callable[[int, _Hold], bool]) -> None:
+def _give_back_all(chosen: Callable[[int, _Hold], bool]) -> None:
     """End the regions of all holds that are chosen."""
     with _process.lock:
         for key, hold in list(_holds.items()):

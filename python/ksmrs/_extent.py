@@ -17,12 +17,17 @@ def unwrapped(buffer: Any) -> Any:
     """The buffer of what only has one: `SharedMemory`, and the arrays of `multiprocessing` with their locks."""
     if hasattr(buffer, "get_obj"):
         return buffer.get_obj()
+    if not is_shared_memory(buffer):
+        return buffer
+    if buffer.buf is None:
+        raise ClosedRegionError("the SharedMemory was closed")
+    return buffer.buf
+
+
+def is_shared_memory(buffer: Any) -> bool:
+    """Whether this is a `SharedMemory` of `multiprocessing`, which nobody has who has not loaded it."""
     module = sys.modules.get("multiprocessing.shared_memory")
-    if module is not None and isinstance(buffer, module.SharedMemory):
-        if buffer.buf is None:
-            raise ClosedRegionError("the SharedMemory was closed")
-        return buffer.buf
-    return buffer
+    return module is not None and isinstance(buffer, module.SharedMemory)
 
 
 def extent(buffer: Any) -> tuple[int, int]:

@@ -31,6 +31,7 @@ _named: weakref.WeakSet[Region] = weakref.WeakSet()
 """Regions whose object others may look for after this process."""
 
 
+@atexit.register
 def _leave_named() -> None:
     for region in list(_named):
         # What has no room in its object now is written back by the broker.
@@ -99,8 +100,6 @@ class Region(_ksmrs.Region):
             raise
         # Its lease is taken on this descriptor; whoever closes it earlier gets a region that does not merge.
         weakref.finalize(made, memory.close_fd)
-        if not _named:
-            atexit.register(_leave_named)
         _named.add(made)
         return made
 

@@ -22,7 +22,7 @@ use crate::domain::Domain;
 use crate::objects::Objects;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
-use crate::wire::{Answer, BrokerEnd, Message, Question, ReceiveBuffer, Status, ToBroker, ToClient};
+use crate::wire::{Answer, BrokerEnd, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient};
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -31,6 +31,8 @@ const MAX_DOMAINS: usize = 64;
 const MAX_DOMAIN_NAME: usize = 64;
 /// How long accepting pauses when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Why a named object is refused by a broker inside its client.
+const NOT_EMBEDDED: &str = "an embedded broker ends with its client, and nobody would write the object's pages back";
 /// Store numbers fit 8 bits, and 0 is none.
 const STORE_NUMBERS: std::ops::RangeInclusive<u8> = 1..=255;
 
@@ -346,18 +348,12 @@ impl Conductor {
                         object,
                     } => {
                         let slice = (first_word, pages);
-                        let leased = match (object, fd) {
-                            (Some(_), _) if session.regions.contains_key(&region) => Err(format!("region {region} has joined already")),
-                            (Some(_), _) if embedded => Err(
-                                "an embedded broker ends with its client, and nobody would write the object's pages back".to_owned(),
-                            ),
-                            (Some(object), Some(fd)) => {
-                                let pid = session.credentials.pid;
-                                let departed = self.departed.iter();
-                                let was = |client| pid != 0 && departed.clone().any(|other| other.id.0 == client && other.pid == pid);
-                                self.objects.join(id, region, slice, object, fd, was)
+                        let leased = match object.zip(fd) {
+                            Some(_) if embedded => Err(NOT_EMBEDDED.to_owned()),
+                            Some((object, fd)) => {
+                                lease(&mut self.objects, &self.departed, session, (region, slice), object, fd)
                             }
-                            _ => Ok(()),
+                            None => Ok(()),
                         };
                         let joined = leased.and_then(|()| {
                             let joined = domain.join(session, region, kind, slice, position);
@@ -475,6 +471,25 @@ impl Conductor {
             embedded,
         }
     }
+}
+
+/// Leases the object that a region is made of; the reason if it cannot.
+fn lease(
+    objects: &mut Objects,
+    departed: &[Departed],
+    session: &Session,
+    (region, slice): (u32, (u32, u32)),
+    object: Object,
+    fd: OwnedFd,
+) -> Result<(), String> {
+    if session.regions.contains_key(&region) {
+        return Err(format!("region {region} has joined already"));
+    }
+    let pid = session.credentials.pid;
+    let mut earlier = departed.iter().filter(|client| pid != 0 && client.pid == pid);
+    objects.join(session.id.0, region, slice, object, fd, |client| {
+        earlier.any(|departed| departed.id.0 == client)
+    })
 }
 
 fn earliest(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {

@@ -72,21 +72,16 @@ impl Departed {
     /// Asks about its life pages, and looks after its objects.
     pub(crate) fn look(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> Found {
         let sealed = self.lives.poll(false, now);
-        if objects.are_of(self.id.0) && !self.write_back(now, domain, objects) {
-            return self.released(sealed, domain);
-        }
-        if self.lives.are_over() {
-            tracing::info!(client = self.id.0, "gone; nothing shows its frames");
-            domain.core.client_gone(self.id);
-            return Found::Gone;
-        }
-        self.released(sealed, domain)
-    }
-
-    fn released(&self, sealed: Option<u32>, domain: &mut Domain) -> Found {
+        let whole = !objects.are_of(self.id.0) || self.write_back(now, domain, objects);
+        let over = self.lives.are_over();
         match sealed {
+            _ if whole && over => {
+                tracing::info!(client = self.id.0, "gone; nothing shows its frames");
+                domain.core.client_gone(self.id);
+                Found::Gone
+            }
             // The last epochs end with the client.
-            Some(epoch) if !self.lives.are_over() => {
+            Some(epoch) if !over => {
                 domain.core.sealed(self.id, Epoch(epoch));
                 Found::Released
             }

@@ -56,7 +56,7 @@ impl Objects {
         (first_word, pages): (u32, u32),
         object: wire::Object,
         fd: OwnedFd,
-        was: impl Fn(u32) -> bool,
+        was: impl FnOnce(u32) -> bool,
     ) -> Result<(), String> {
         let id = ObjectId {
             device: object.device,
@@ -166,13 +166,9 @@ impl Objects {
                 written += write_back(&held.description, *place, word, number, store)?;
             }
         }
-        self.held.retain(|_, held| {
-            let theirs = held.client == client;
-            if theirs && exited {
-                release(held);
-            }
-            !theirs
-        });
+        let theirs = self.held.values().filter(|held| held.client == client);
+        theirs.filter(|_| exited).for_each(release);
+        self.forget(client);
         Ok(written)
     }
 }

@@ -4,10 +4,12 @@
 //! (`process_vm_readv`, which says EFAULT), many pages at a call. It would also give memory to holes that it reads, so
 //! holes are asked for first. Nothing here owns a page, and nothing runs in the signal handler.
 
+use crate::error::last_errno;
 use crate::mapping::View;
 use crate::object::PAGE_SIZE;
 use crate::pagemap::Bits;
 use crate::protocol::{MAX_RUN, Page, Span};
+use core::ffi::c_void;
 use rustix::io::Errno;
 use std::ptr;
 
@@ -40,26 +42,36 @@ pub(crate) fn is_there(address: usize) -> bool {
     copy(ptr::with_exposed_provenance(address), &mut [0u8]) == 1
 }
 
-/// Finds the pages of a span that have memory in RAM (mincore): neither holes nor swapped out.
-pub(crate) fn resident(view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+/// Asks of every page of a range whether it has memory in RAM (mincore), and tells each; fails where something is not mapped.
+///
+/// # Errors
+/// ENOMEM for a range with a gap.
+pub(crate) fn residency(start: *const c_void, pages: u32, mut each: impl FnMut(u32, bool)) -> Result<(), Errno> {
     let mut residency = [0u8; MAX_RUN];
-    found.reset(span.pages);
     let mut done = 0;
-    while done < span.pages {
-        let now = (span.pages - done).min(MAX_RUN as u32);
-        let start = view.page(span.first.plus(done)).cast_mut();
-        // SAFETY: the kernel looks the range up and writes a byte per page into the array, which is long enough.
-        if unsafe { libc::mincore(start.cast(), now as usize * PAGE_SIZE, residency.as_mut_ptr()) } != 0 {
-            return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+    while done < pages {
+        let now = (pages - done).min(MAX_RUN as u32);
+        let from = start.wrapping_byte_add(done as usize * PAGE_SIZE).cast_mut();
+        // SAFETY: the kernel looks the range up, reads nothing of it, and writes a byte per page into the array, which is long enough.
+        if unsafe { libc::mincore(from, now as usize * PAGE_SIZE, residency.as_mut_ptr()) } != 0 {
+            return Err(last_errno());
         }
-        for (at, page) in residency[..now as usize].iter().enumerate() {
-            if page & 1 != 0 {
-                found.set(done + at as u32);
-            }
+        for (page, resident) in (done..done + now).zip(residency) {
+            each(page, resident & 1 != 0);
         }
         done += now;
     }
     Ok(())
+}
+
+/// Finds the pages of a span that have memory in RAM: neither holes nor swapped out.
+pub(crate) fn resident(view: &View, span: Span, found: &mut Bits) -> Result<(), Errno> {
+    found.reset(span.pages);
+    residency(view.page(span.first).cast(), span.pages, |page, resident| {
+        if resident {
+            found.set(page);
+        }
+    })
 }
 
 /// Pages copied ahead at one call.

@@ -9,7 +9,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::descriptors;
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 use crate::sigmask;
 
 const WHAT: &str = "the broker process";
@@ -48,7 +48,7 @@ pub fn detach() -> Result<Side, SysError> {
     // SAFETY: the caller has one thread, so the child may go on with everything that it inherits.
     let child = unsafe { libc::fork() };
     if child < 0 {
-        let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
+        let errno = last_errno();
         return Err(SysError::Call {
             call: "fork",
             what: WHAT,

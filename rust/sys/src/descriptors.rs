@@ -6,9 +6,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use rustix::io::Errno;
-
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 
 /// 0, 1 and 2 stay what they are.
 const FIRST: u32 = 3;
@@ -56,7 +54,7 @@ pub fn copy_of(number: RawFd) -> Result<OwnedFd, SysError> {
     // SAFETY: makes a new descriptor or fails; the number is only looked up.
     let copy = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, LOWEST) };
     if copy < 0 {
-        let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::BADF);
+        let errno = last_errno();
         return Err(SysError::Call {
             call: "fcntl(F_DUPFD_CLOEXEC)",
             what: "the object's descriptor",
@@ -74,7 +72,7 @@ fn close_range(first: u32, last: u32, flags: libc::c_int) -> Result<(), SysError
     if answer == 0 {
         return Ok(());
     }
-    let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
+    let errno = last_errno();
     Err(SysError::Call {
         call: "close_range",
         what: "the thread's descriptor table",

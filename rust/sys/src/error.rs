@@ -65,6 +65,11 @@ pub enum SysError {
     Closed,
 }
 
+/// The errno of a call of libc's that just failed in this thread.
+pub(crate) fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
 impl SysError {
     /// For `map_err`: names the call and the thing.
     pub(crate) fn call(call: &'static str, what: &'static str) -> impl FnOnce(Errno) -> SysError {

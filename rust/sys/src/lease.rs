@@ -5,7 +5,7 @@
 //! remapper and the broker share, so it outlives each of them; whoever holds it must therefore give it up by name. The
 //! kernel's signal goes to a thread that blocks it: nobody is ever interrupted, and the state is asked for instead.
 
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 use crate::object::TMPFS_MAGIC;
 use crate::sharers::ObjectId;
 use core::mem::MaybeUninit;
@@ -13,7 +13,6 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::time::Duration;
 
 const WHAT: &str = "shared object";
 
@@ -31,7 +30,6 @@ const F_OWNER_TID: libc::c_int = 0;
 #[derive(Debug)]
 pub struct Description {
     fd: OwnedFd,
-    id: ObjectId,
 }
 
 impl Description {
@@ -47,7 +45,7 @@ impl Description {
         let mut refused = None;
         for entry in entries.flatten() {
             let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
-            let Some(number) = number.filter(|_| names(&entry.path(), id)) else {
+            let Some(number) = number.filter(|_| ObjectId::behind(&entry.path()) == Some(id)) else {
                 continue;
             };
             let process = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
@@ -93,12 +91,7 @@ impl Description {
                 flags.bits()
             )));
         }
-        Ok(Description { fd, id })
-    }
-
-    /// Which object it is of.
-    pub fn id(&self) -> ObjectId {
-        self.id
+        Ok(Description { fd })
     }
 
     /// The object's size in bytes.
@@ -148,10 +141,8 @@ impl Description {
 
     fn set_lease(&self, kind: libc::c_int) -> Result<(), SysError> {
         // SAFETY: no pointers.
-        check(
-            unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_SETLEASE, kind) },
-            "F_SETLEASE",
-        )
+        let done = unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_SETLEASE, kind) };
+        check(done, "F_SETLEASE")
     }
 }
 
@@ -161,18 +152,11 @@ impl AsFd for Description {
     }
 }
 
-/// Whether a link in /proc leads to the object; it may lead nowhere by now.
-fn names(link: &std::path::Path, id: ObjectId) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    fs::metadata(link).is_ok_and(|file| (file.dev(), file.ino()) == (id.device, id.inode))
-}
-
 fn check(answer: libc::c_int, call: &'static str) -> Result<(), SysError> {
     if answer >= 0 {
         return Ok(());
     }
-    let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
-    Err(SysError::call(call, WHAT)(errno))
+    Err(SysError::call(call, WHAT)(last_errno()))
 }
 
 /// A broken lease sends SIGIO, whose default ends the process.
@@ -186,36 +170,23 @@ fn block_the_signal() {
     }
 }
 
-/// How long the kernel makes an opener wait at most.
-pub fn break_time() -> Duration {
-    const USUAL: u64 = 45;
-    let text = fs::read_to_string("/proc/sys/fs/lease-break-time").ok();
-    let seconds = text.and_then(|text| text.trim().parse().ok());
-    Duration::from_secs(seconds.unwrap_or(USUAL))
-}
-
-/// Makes a named object of this test's own.
-#[cfg(test)]
-pub(crate) fn make_named(name: &str, pages: u64) -> (String, OwnedFd, ObjectId) {
-    let name = format!("/ksmrs-test-{}-{name}", std::process::id());
-    let flags = rustix::shm::OFlags::CREATE | rustix::shm::OFlags::EXCL | rustix::shm::OFlags::RDWR;
-    let fd = rustix::shm::open(&name, flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
-    rustix::fs::ftruncate(&fd, pages * crate::object::PAGE_SIZE as u64).unwrap();
-    let stat = rustix::fs::fstat(&fd).unwrap();
-    let id = ObjectId {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    };
-    (name, fd, id)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A named object of a page.
+    fn make_named(name: &str) -> (String, OwnedFd, ObjectId) {
+        let name = format!("/ksmrs-test-{}-{name}", std::process::id());
+        let flags = rustix::shm::OFlags::CREATE | rustix::shm::OFlags::EXCL | rustix::shm::OFlags::RDWR;
+        let fd = rustix::shm::open(&name, flags, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR).unwrap();
+        rustix::fs::ftruncate(&fd, 4096).unwrap();
+        let id = ObjectId::of(&fd).unwrap();
+        (name, fd, id)
+    }
+
     #[test]
     fn an_opener_waits_for_the_lease_to_be_given_up() {
-        let (name, fd, id) = make_named("lease", 1);
+        let (name, fd, id) = make_named("lease");
         let description = Description::find(id).unwrap();
         assert_eq!(description.size().unwrap(), 4096);
         assert!(!description.is_leased());
@@ -240,7 +211,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_leased_is_not_taken_for_it() {
-        let (name, fd, id) = make_named("vet", 1);
+        let (name, fd, id) = make_named("vet");
         let path = format!("/dev/shm{name}");
         let reader: OwnedFd = std::fs::File::open(&path).unwrap().into();
         assert!(Description::vet(reader, id).is_err());

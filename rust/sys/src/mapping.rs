@@ -141,6 +141,18 @@ impl View {
 #[repr(align(4096))]
 struct Copied([u8; PAGE_SIZE]);
 
+/// Whether a page of the view, or a copy of one, holds the same bytes as page `at` of the window (`None`: as a page of zeros).
+fn same(page: *const u8, window: Option<&Window>, at: u32) -> bool {
+    // SAFETY: only called by `equals`, with a page of a view, which is mapped readable while the region lives, or with a copy; the
+    // window is borrowed. Neither object shrinks.
+    unsafe {
+        match window {
+            Some(window) => bytes::equal(page, window.page(at)),
+            None => bytes::is_zero(page),
+        }
+    }
+}
+
 impl Memory for View {
     type Window = Window;
 
@@ -160,23 +172,11 @@ impl Memory for View {
     }
 
     fn equals(&self, page: Page, window: Option<&Window>, at: u32) -> bool {
-        let mut copy = Copied([0; PAGE_SIZE]);
-        let page = if self.vanishing {
-            if careful::copy(self.page(page), &mut copy.0) != PAGE_SIZE {
-                return false;
-            }
-            copy.0.as_ptr()
-        } else {
-            self.page(page)
-        };
-        // SAFETY: the view is mapped readable while the region lives (or was copied) and the window while it is borrowed; neither
-        // object shrinks.
-        unsafe {
-            match window {
-                Some(window) => bytes::equal(page, window.page(at)),
-                None => bytes::is_zero(page),
-            }
+        if !self.vanishing {
+            return same(self.page(page), window, at);
         }
+        let mut copy = Copied([0; PAGE_SIZE]);
+        careful::copy(self.page(page), &mut copy.0) == PAGE_SIZE && same(copy.0.as_ptr(), window, at)
     }
 
     fn map_frames(&self, span: Span, window: &Window, at: u32) -> Result<(), Errno> {
@@ -225,8 +225,7 @@ impl Memory for View {
         // SAFETY: an old length of 0 maps the shared object's same pages a second time, over pages of our view that the caller owns.
         let map = || unsafe { rustix::mm::mremap_fixed(home, 0, bytes, MremapFlags::MAYMOVE, view) }.map(|_| ());
         match map() {
-            // SAFETY: pages of our view.
-            Err(_) if !unsafe { is_mapped(view, bytes) } => insist(map),
+            Err(_) if !is_mapped(view, bytes) => insist(map),
             answer => answer,
         }
     }
@@ -268,21 +267,8 @@ impl Memory for View {
 }
 
 /// Whether every page of a range is mapped.
-///
-/// # Safety
-/// A page-aligned range; nothing is read or changed.
-pub(crate) unsafe fn is_mapped(start: *mut c_void, bytes: usize) -> bool {
-    let mut residency = [0u8; crate::protocol::MAX_RUN];
-    let mut done = 0;
-    while done < bytes {
-        let now = (bytes - done).min(residency.len() * PAGE_SIZE);
-        // SAFETY: the kernel only looks the range up, and writes a byte per page into the array, which is long enough.
-        if unsafe { libc::mincore(start.byte_add(done), now, residency.as_mut_ptr()) } != 0 {
-            return false;
-        }
-        done += now;
-    }
-    true
+pub(crate) fn is_mapped(start: *mut c_void, bytes: usize) -> bool {
+    careful::residency(start, (bytes / PAGE_SIZE) as u32, |_, _| {}).is_ok()
 }
 
 /// Tries until it works: for ranges that must not stay unmapped, where waiting for room beats losing bytes.
@@ -350,13 +336,8 @@ impl Mapping {
     pub(crate) fn named(pages: u32, object: BorrowedFd<'_>) -> Result<Mapping, SysError> {
         const WHAT: &str = "named region";
         object::reserve(object, WHAT, 0..u64::from(pages) * PAGE_SIZE as u64)?;
-        let stat = rustix::fs::fstat(object).map_err(SysError::call("fstat", WHAT))?;
-        let id = ObjectId {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        };
         let lasting = Object {
-            id,
+            id: ObjectId::of(object)?,
             offset: 0,
             opens: true,
         };

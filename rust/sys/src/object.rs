@@ -5,7 +5,7 @@
 //! somebody else may write: a [`SharedMapping`] gives pointers and atomics only.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
@@ -13,7 +13,7 @@ use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, SeekFrom};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 
 /// Bytes of a page; ksmrs merges on machines with this page size only.
 pub const PAGE_SIZE: usize = 4096;
@@ -112,22 +112,44 @@ pub fn punch(fd: impl AsFd, what: &'static str, range: Range<u64>) -> Result<(),
 /// Writes all of some bytes at an offset.
 ///
 /// # Errors
-/// [`SysError::NoRoom`] when there is none.
-pub(crate) fn write(fd: impl AsFd, mut bytes: &[u8], mut offset: u64) -> Result<(), SysError> {
-    while !bytes.is_empty() {
-        match without_file_size_signal(|| rustix::io::pwrite(&fd, bytes, offset)) {
-            Ok(wrote) if wrote > 0 => {
-                bytes = &bytes[wrote..];
-                offset += wrote as u64;
+/// [`SysError::NoRoom`]; some of them may have been written then.
+pub(crate) fn write(fd: impl AsFd, what: &'static str, bytes: &[u8], offset: u64) -> Result<(), SysError> {
+    // SAFETY: the slice is borrowed meanwhile.
+    unsafe { write_from(fd, what, bytes.as_ptr(), bytes.len(), offset) }
+}
+
+/// The same for bytes that others may be changing: no reference is made to them.
+///
+/// # Errors
+/// As [`write`].
+///
+/// # Safety
+/// `source` is mapped readable for `bytes` bytes until this returns.
+pub(crate) unsafe fn write_from(
+    fd: impl AsFd,
+    what: &'static str,
+    source: *const u8,
+    bytes: usize,
+    offset: u64,
+) -> Result<(), SysError> {
+    let mut done = 0;
+    while done < bytes {
+        // SAFETY: the kernel reads within the source, which is the caller's promise.
+        let wrote = without_file_size_signal(|| unsafe {
+            let at = (offset + done as u64) as i64;
+            libc::pwrite64(fd.as_fd().as_raw_fd(), source.add(done).cast(), bytes - done, at)
+        });
+        let errno = match wrote {
+            1.. => {
+                done += wrote as usize;
+                continue;
             }
-            Err(Errno::INTR) => {}
-            refused => {
-                return Err(SysError::NoRoom {
-                    what: "shared object",
-                    bytes: bytes.len() as u64,
-                    errno: refused.err().unwrap_or(Errno::NOSPC),
-                });
-            }
+            0 => Errno::NOSPC,
+            _ => last_errno(),
+        };
+        if errno != Errno::INTR {
+            let bytes = bytes as u64;
+            return Err(SysError::NoRoom { what, bytes, errno });
         }
     }
     Ok(())

@@ -104,13 +104,13 @@ impl Region {
         };
         let words = RegionWords::new(&table.words()[first_word as usize..(first_word + pages) as usize]);
         let view = mapping.view();
-        let mapping_lasts = mapping.object().is_some();
+        let lasts = mapping.object().is_some();
         registry::add(Area { view, words, era });
         Ok(Region {
             mapping,
             closed: AtomicBool::new(false),
             // An object that others may have merges once nobody else can see it.
-            recalled: AtomicBool::new(mapping_lasts),
+            recalled: AtomicBool::new(lasts),
             in_use: RwLock::new(()),
             view,
             words,
@@ -516,14 +516,15 @@ impl Region {
     }
 
     /// Ends the region: nothing is copied, memory of our own is unmapped; adopted memory, which its owner is freeing, is fresh if
-    /// any of it was merged. Not for an object that lives on: that takes its pages home first ([`Region::give_back`],
-    /// [`Region::leave`]). Idempotent. Whoever closes it gives its slice of the table back, once nobody can mistake its words for another
-    /// region's.
+    /// any of it was merged. Not for an object that lives on ([`Region::release`]). Idempotent. Whoever closes it gives its slice of the
+    /// table back, once nobody can mistake its words for another region's.
     pub fn close(&self) {
+        debug_assert!(
+            !(self.is_adopted() && self.kind() == Kind::Shared),
+            "its object may live on"
+        );
         self.end(|plain| {
-            if self.is_adopted() && self.kind() == Kind::Shared {
-                self.mapping.give_back();
-            } else if !self.is_adopted() {
+            if !self.is_adopted() {
                 self.mapping.unmap();
             } else if !self.is_ours() {
                 self.thaw_in_child();
@@ -531,6 +532,22 @@ impl Region {
                 self.mapping.abandon();
             }
         });
+    }
+
+    /// Ends the region, with its bytes wherever somebody may still look for them: in memory whose owner keeps it, and in objects that
+    /// live on. Idempotent; the slice of the table is given back as after [`Region::close`].
+    ///
+    /// # Errors
+    /// No memory for the copies; then it stays as it is, words and frames included.
+    pub fn release(&self) -> Result<(), SysError> {
+        if self.is_adopted() {
+            return self.give_back();
+        }
+        if self.object().is_some() && !self.is_closed() {
+            self.leave()?;
+        }
+        self.close();
+        Ok(())
     }
 
     /// In an unregistered child, whose pages are the kernel's to copy: nothing was frozen when it was forked but for what a thaw
@@ -601,13 +618,7 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        // Its owner, or its object's next, may still read it. Where there is no memory for the copies it stays as it is, words and
-        // frames included.
-        if self.is_adopted() {
-            let _ = self.give_back();
-        } else if self.is_closed() || self.object().is_none() || self.leave().is_ok() {
-            self.close();
-        }
+        let _ = self.release();
     }
 }
 

@@ -6,10 +6,13 @@
 //! cannot have it: a process that may not be looked into, though it is the same user's and may be a relative, counts as one
 //! that has it.
 
+use crate::error::SysError;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
 /// What a shared object is known by: its file system's device number and its inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -18,6 +21,29 @@ pub struct ObjectId {
     pub device: u64,
     /// As in `st_ino`.
     pub inode: u64,
+}
+
+impl ObjectId {
+    /// What a descriptor is of.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub fn of(fd: impl AsFd) -> Result<ObjectId, SysError> {
+        let stat = rustix::fs::fstat(fd).map_err(SysError::call("fstat", "shared object"))?;
+        Ok(ObjectId {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })
+    }
+
+    /// What a link leads to; `None` if it leads nowhere by now.
+    pub(crate) fn behind(link: &Path) -> Option<ObjectId> {
+        let file = fs::metadata(link).ok()?;
+        Some(ObjectId {
+            device: file.dev(),
+            inode: file.ino(),
+        })
+    }
 }
 
 /// Why an object is not this process's alone.
@@ -77,13 +103,13 @@ fn look(objects: &BTreeSet<ObjectId>, broker: u32, found: &mut BTreeMap<ObjectId
                     found.entry(object).or_insert(sharer);
                 }
             };
-            match look_into(pid, &mut has) {
-                Err(error) if !is_gone(&error) && may_be_relative(pid, &us) => {
-                    for (object, sharer) in all(Sharer::Hidden(pid)) {
-                        found.entry(object).or_insert(sharer);
-                    }
+            if let Err(error) = look_into(pid, &mut has)
+                && !is_gone(&error)
+                && may_be_relative(pid, &us)
+            {
+                for (object, sharer) in all(Sharer::Hidden(pid)) {
+                    found.entry(object).or_insert(sharer);
                 }
-                _ => {}
             }
         }
         if seen.len() == before || found.len() == objects.len() {
@@ -106,12 +132,7 @@ fn look_into(pid: u32, has: &mut impl FnMut(ObjectId, Sharer)) -> std::io::Resul
         has(object, Sharer::Maps(pid));
     }
     for descriptor in fs::read_dir(format!("/proc/{pid}/fd"))?.flatten() {
-        // Follows the link; it fails for one that was closed meanwhile.
-        if let Ok(file) = fs::metadata(descriptor.path()) {
-            let object = ObjectId {
-                device: file.dev(),
-                inode: file.ino(),
-            };
+        if let Some(object) = ObjectId::behind(&descriptor.path()) {
             has(object, Sharer::Holds(pid));
         }
     }
@@ -208,11 +229,7 @@ mod tests {
     #[test]
     fn a_child_that_maps_or_holds_it_is_found() {
         let fd = crate::object::create("ksmrs-test", 4096).unwrap();
-        let stat = rustix::fs::fstat(&fd).unwrap();
-        let object = ObjectId {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-        };
+        let object = ObjectId::of(&fd).unwrap();
         let objects = BTreeSet::from([object]);
         assert!(of(&objects, 0).is_empty());
         let mut child = std::process::Command::new("cat")

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::checksum::Checksummer;
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 use crate::object::{self, EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
 use crate::staging::StagingView;
 use crate::word::Slot;
@@ -108,37 +108,9 @@ impl Store {
     pub fn fill(&self, slot: Slot, staging: &StagingView, first: u32, pages: u32) -> Result<(), SysError> {
         self.check(slot, pages);
         let source = staging.pages_pointer(first, pages);
-        let bytes = pages as usize * PAGE_SIZE;
-        let mut done = 0;
-        while done < bytes {
-            // SAFETY: the kernel reads bytes of the staging mapping, which is alive and cannot shrink; whoever changes them
-            // meanwhile changes only what the frame will be, and the frame is hashed afterwards. No reference is made.
-            let wrote = object::without_file_size_signal(|| unsafe {
-                let at = offset_of(slot) as i64 + done as i64;
-                libc::pwrite64(self.fd.as_raw_fd(), source.add(done).cast(), bytes - done, at)
-            });
-            match wrote {
-                1.. => done += wrote as usize,
-                0 => {
-                    return Err(SysError::NoRoom {
-                        what: WHAT,
-                        bytes: bytes as u64,
-                        errno: Errno::NOSPC,
-                    });
-                }
-                _ => match Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO) {
-                    Errno::INTR => continue,
-                    errno => {
-                        return Err(SysError::NoRoom {
-                            what: WHAT,
-                            bytes: bytes as u64,
-                            errno,
-                        });
-                    }
-                },
-            }
-        }
-        Ok(())
+        // SAFETY: bytes of the staging mapping, which is alive and cannot shrink; whoever changes them meanwhile changes only what
+        // the frame will be, and the frame is hashed afterwards.
+        unsafe { object::write_from(&self.fd, WHAT, source, pages as usize * PAGE_SIZE, offset_of(slot)) }
     }
 
     /// The checksums of frames as they are in the store.
@@ -152,19 +124,32 @@ impl Store {
         checksummer: &Checksummer,
         into: &mut Vec<u64>,
     ) -> Result<(), SysError> {
+        self.read_in_pieces(slot, pages, |_, frames| {
+            into.extend(
+                frames
+                    .as_chunks::<PAGE_SIZE>()
+                    .0
+                    .iter()
+                    .map(|page| checksummer.page(page)),
+            );
+            Ok(())
+        })
+    }
+
+    /// Reads frames a piece at a time, and tells each with the number of the frame it begins with, counted from `slot`.
+    fn read_in_pieces(
+        &mut self,
+        slot: Slot,
+        pages: u32,
+        mut piece: impl FnMut(u32, &[u8]) -> Result<(), SysError>,
+    ) -> Result<(), SysError> {
         self.check(slot, pages);
         let mut done = 0;
         while done < pages {
             let now = (pages - done).min(HASHED_AT_ONCE);
             let bytes = now as usize * PAGE_SIZE;
             self.read_exact(offset_of(slot.plus(done)), bytes)?;
-            into.extend(
-                self.buffer[..bytes]
-                    .as_chunks::<PAGE_SIZE>()
-                    .0
-                    .iter()
-                    .map(|page| checksummer.page(page)),
-            );
+            piece(done, &self.buffer[..bytes])?;
             done += now;
         }
         Ok(())
@@ -200,19 +185,14 @@ impl Store {
     /// # Errors
     /// [`SysError::NoRoom`] where the object's file system is full, or the kernel's errno.
     pub fn copy_to(&mut self, object: impl AsFd, offset: u64, slot: Slot, pages: u32) -> Result<u32, SysError> {
-        self.check(slot, pages);
-        let mut done = 0;
-        while done < pages {
-            let now = (pages - done).min(HASHED_AT_ONCE);
-            let bytes = now as usize * PAGE_SIZE;
-            self.read_exact(offset_of(slot.plus(done)), bytes)?;
+        self.read_in_pieces(slot, pages, |first, frames| {
             object::write(
                 &object,
-                &self.buffer[..bytes],
-                offset + u64::from(done) * PAGE_SIZE as u64,
-            )?;
-            done += now;
-        }
+                "shared object",
+                frames,
+                offset + u64::from(first) * PAGE_SIZE as u64,
+            )
+        })?;
         Ok(pages)
     }
 
@@ -277,7 +257,7 @@ impl Store {
                 EXTENT_SIZE,
                 linux_raw_sys::general::MADV_COLLAPSE as libc::c_int,
             );
-            let errno = Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO);
+            let errno = last_errno();
             rustix::mm::munmap(window, EXTENT_SIZE).map_err(SysError::call("munmap", WHAT))?;
             if collapsed == 0 {
                 Ok(())

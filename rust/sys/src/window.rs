@@ -141,8 +141,7 @@ impl Window {
                     }
                     return Ok(());
                 }
-                // SAFETY: the caller's range.
-                Err(errno) if unsafe { mapping::is_mapped(target, bytes) } => return Err(errno),
+                Err(errno) if mapping::is_mapped(target, bytes) => return Err(errno),
                 // The kernel had unmapped the target when it found that it could not go on. Its bytes are those of the frames.
                 Err(_) => {}
             }

@@ -96,9 +96,10 @@ impl Objects {
         true
     }
 
-    /// All of them, wherever their pages are.
-    pub(super) fn regions(&self) -> impl Iterator<Item = &Arc<Region>> {
-        self.entries.values().map(|entry| &entry.region)
+    /// Those that the desk does not know any more, though pages of theirs still show frames.
+    pub(super) fn returning(&self) -> impl Iterator<Item = &Arc<Region>> {
+        let returning = |entry: &&Entry| matches!(entry.standing, Standing::Returning(_));
+        self.entries.values().filter(returning).map(|entry| &entry.region)
     }
 
     /// Forgets a region that ended, and says how it stood; what merged of it is home already.

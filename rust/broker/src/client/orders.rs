@@ -108,7 +108,7 @@ impl Desk {
     /// Stores whose frames some page still shows or lies over, also of regions on their way home.
     pub(super) fn stores_in_use(&self, objects: &Objects) -> Vec<StoreNumber> {
         let mut bits = [0u64; 4];
-        for region in self.regions.values().chain(objects.regions()) {
+        for region in self.regions.values().chain(objects.returning()) {
             region.stores_in_use(&mut bits);
         }
         (1..=255)
@@ -216,8 +216,10 @@ impl Desk {
         }
         self.shared_merged = true;
         let alone = self.sentinel.alone() && fork::count() == forks;
+        // Asked once for each region: the answer looks through all that is away.
+        let mut room = BTreeMap::new();
         for (index, region, span) in unsettled {
-            let alone = alone && objects.have_room(region);
+            let alone = alone && *room.entry(number(region)).or_insert_with(|| objects.have_room(region));
             if let Some(Err(error)) = region.settle(*span, alone, forks) {
                 tracing::warn!(%error, "merged pages keep their memory");
             }

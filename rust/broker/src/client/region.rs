@@ -15,7 +15,6 @@ pub struct Region {
     memory: Arc<Memory>,
     client: &'static Client,
     nbytes: usize,
-    kind: Kind,
     /// Whether the remapper knows that it ended.
     told: AtomicBool,
 }
@@ -34,7 +33,7 @@ impl Region {
             Kind::Shared => ksmrs_sys::protocol::Kind::Shared,
         };
         let memory = Arc::new(Memory::create(client.table, pages, memory_kind)?);
-        Ok(Region::joined(memory, client, nbytes, kind))
+        Ok(Region::joined(memory, client, nbytes))
     }
 
     /// Memory of a named object that the program has open under this number, and keeps open: fresh, of at least `nbytes` bytes,
@@ -47,7 +46,7 @@ impl Region {
         let client = client()?;
         let object = ksmrs_sys::descriptors::copy_of(number)?;
         let memory = Arc::new(Memory::named(client.table, pages, object.as_fd())?);
-        Ok(Region::joined(memory, client, nbytes, Kind::Shared))
+        Ok(Region::joined(memory, client, nbytes))
     }
 
     /// Opts in memory that the program made, in place.
@@ -58,20 +57,15 @@ impl Region {
         let client = client()?;
         let memory = Arc::new(Memory::adopt(client.table, foreign)?);
         let nbytes = memory.pages() as usize * PAGE_SIZE;
-        let kind = match memory.kind() {
-            ksmrs_sys::protocol::Kind::Private => Kind::Private,
-            ksmrs_sys::protocol::Kind::Shared => Kind::Shared,
-        };
-        Ok(Region::joined(memory, client, nbytes, kind))
+        Ok(Region::joined(memory, client, nbytes))
     }
 
-    fn joined(memory: Arc<Memory>, client: &'static Client, nbytes: usize, kind: Kind) -> Arc<Region> {
+    fn joined(memory: Arc<Memory>, client: &'static Client, nbytes: usize) -> Arc<Region> {
         client.mailbox.push(Event::Join(memory.clone()));
         Arc::new(Region {
             memory,
             client,
             nbytes,
-            kind,
             told: AtomicBool::new(false),
         })
     }
@@ -102,7 +96,7 @@ impl Region {
     /// # Errors
     /// As for [`Region::give_back`], for shared memory only.
     pub fn abandon(&self) -> Result<(), Error> {
-        if matches!(self.kind, Kind::Shared) {
+        if self.kind() == Kind::Shared {
             return self.give_back();
         }
         self.memory.close();
@@ -135,7 +129,7 @@ impl Region {
 
     /// Private or shared.
     pub fn kind(&self) -> Kind {
-        self.kind
+        kind_of(&self.memory)
     }
 
     fn pages(&self, range: Range<usize>) -> Result<Range<u32>, Error> {
@@ -199,19 +193,19 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        let ended = if self.memory.is_adopted() {
-            self.memory.give_back()
-        } else if self.memory.object().is_some() && !self.memory.is_closed() {
-            self.memory.leave().map(|()| self.memory.close())
-        } else {
-            self.memory.close();
-            Ok(())
-        };
-        match ended {
+        match self.memory.release() {
             Ok(()) => self.ended(),
             // Its owner may still read it: it stays a region for as long as there is no memory for the copies.
             Err(error) => tracing::error!(%error, address = self.memory.address(), "no room to give memory back"),
         }
+    }
+}
+
+/// What a region's memory is, on the wire.
+pub(super) fn kind_of(memory: &Memory) -> Kind {
+    match memory.kind() {
+        ksmrs_sys::protocol::Kind::Private => Kind::Private,
+        ksmrs_sys::protocol::Kind::Shared => Kind::Shared,
     }
 }
 

@@ -3,8 +3,9 @@
 //! The remapper owns it and is the only one to send; nothing here waits for the broker.
 
 use super::link::Link;
+use super::region::kind_of;
 use super::{Error, orders};
-use crate::wire::{self, Answer, Kind, ToBroker};
+use crate::wire::{self, Answer, ToBroker};
 use ksmrs_sys::life::LifePage;
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::region::Region;
@@ -75,13 +76,9 @@ impl Session {
         object: Option<(wire::Object, BorrowedFd<'_>)>,
     ) -> Result<(), Error> {
         let position = (region.address() / PAGE_SIZE % ksmrs_sys::EXTENT_PAGES as usize) as u16;
-        let kind = match region.kind() {
-            ksmrs_sys::protocol::Kind::Private => Kind::Private,
-            ksmrs_sys::protocol::Kind::Shared => Kind::Shared,
-        };
         let join = ToBroker::Join {
             region: orders::number(region),
-            kind,
+            kind: kind_of(region),
             first_word: region.first_word(),
             pages: region.pages(),
             position,
