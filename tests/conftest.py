@@ -72,11 +72,14 @@ def ksmrs_objects() -> Counter[str]:
     """Mappings of ksmrs's memory objects by name, and what only the client's threads hold open."""
     mapped = Counter(re.findall(r"/memfd:(ksmrs-?\w*)", Path("/proc/self/maps").read_text()))
     for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text().startswith("ksmrs-"):
-            for link in links(task / "fd"):
-                name = re.search(r"memfd:(ksmrs-?\w*)|(socket|userfaultfd)", link)
-                if name is not None and (name[1] or name[2]) not in KEPT:
-                    mapped[f"descriptor {link}"] += 1
+        try:
+            held = links(task / "fd") if (task / "comm").read_text().startswith("ksmrs-") else []
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread has just ended
+        for link in held:
+            name = re.search(r"memfd:(ksmrs-?\w*)|(socket|userfaultfd)", link)
+            if name is not None and (name[1] or name[2]) not in KEPT:
+                mapped[f"descriptor {link}"] += 1
     return mapped
 
 
