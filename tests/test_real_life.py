@@ -22,7 +22,7 @@ import pytest
 
 import ksmrs
 import reading
-from children import run
+from children import brokers_in, processes_in, run, wait_for
 from reading import CONTENT, PAGE, PAGES, SOURCES
 
 BUILD = Path(__file__).resolve().parent.parent / "target" / "mutants"
@@ -155,7 +155,7 @@ def test_a_thread_that_blocks_sigsegv_writes_pinned_memory_in_the_midst_of_long_
 
 
 @slow_freezes
-def test_a_thread_that_blocks_sigsegv_and_writes_in_a_freeze_is_killed_as_documented() -> None:
+def test_a_thread_that_blocks_sigsegv_and_writes_in_a_freeze_is_killed_as_documented(runtime_dir: Path) -> None:
     """The kernel ends a process whose fault it cannot deliver: no handler of anybody is asked."""
     run_with_slow_freezes(
         BLOCKED
@@ -170,6 +170,8 @@ def test_a_thread_that_blocks_sigsegv_and_writes_in_a_freeze_is_killed_as_docume
     """,
         returncode=-signal.SIGSEGV,
     )
+    # Its peer reads the end of its input now, and goes.
+    wait_for(lambda: len(processes_in(runtime_dir)) == len(brokers_in(runtime_dir)), "the end of the peer")
 
 
 @pytest.mark.usefixtures("merging")
