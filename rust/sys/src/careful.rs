@@ -4,6 +4,7 @@
 //! (`process_vm_readv`, which says EFAULT), many pages at a call. It would also give memory to holes that it reads, so
 //! holes are asked for first. Nothing here owns a page, and nothing runs in the signal handler.
 
+use crate::bytes::PageBuffer;
 use crate::error::last_errno;
 use crate::mapping::View;
 use crate::object::PAGE_SIZE;
@@ -80,7 +81,8 @@ pub(crate) const AHEAD: u32 = 32;
 /// Copies of the pages that a scan is about to look at.
 #[derive(Default)]
 pub(crate) struct Ahead {
-    bytes: Vec<u8>,
+    /// Made when it is first needed.
+    buffer: Option<PageBuffer>,
     span: Option<Span>,
 }
 
@@ -92,19 +94,19 @@ impl Ahead {
 
     /// A copy of a page, and of as many pages after it as `more` says, at most; `None` if it is not there.
     pub(crate) fn page(&mut self, view: &View, page: Page, more: u32) -> Option<&[u8; PAGE_SIZE]> {
+        let buffer = self.buffer.get_or_insert_with(|| PageBuffer::new(AHEAD));
         let held = self.span.filter(|span| span.first <= page && page < span.end());
         let span = match held {
             Some(span) => span,
             None => {
                 let pages = (more + 1).min(AHEAD);
-                self.bytes.resize(AHEAD as usize * PAGE_SIZE, 0);
-                let copied = copy(view.page(page), &mut self.bytes[..pages as usize * PAGE_SIZE]);
+                let copied = copy(view.page(page), &mut buffer.bytes_mut()[..pages as usize * PAGE_SIZE]);
                 let pages = (copied / PAGE_SIZE) as u32;
                 self.span = (pages > 0).then_some(Span { first: page, pages });
                 self.span?
             }
         };
         let at = (page.0 - span.first.0) as usize * PAGE_SIZE;
-        self.bytes[at..].first_chunk()
+        buffer.bytes()[at..].first_chunk()
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::error::SysError;
 use crate::object::PAGE_SIZE;
+use twox_hash::XxHash3_64;
 
 /// Length of a domain's key.
 pub const KEY_BYTES: usize = 16;
@@ -37,7 +38,7 @@ impl Checksummer {
         let mut secret = [0; SECRET_BYTES];
         let seed = u64::from_le_bytes(key[8..].try_into().unwrap_or_default());
         for (index, part) in secret.chunks_exact_mut(8).enumerate() {
-            let word = xxhash_rust::xxh3::xxh3_64_with_seed(key, seed.wrapping_add(index as u64));
+            let word = XxHash3_64::oneshot_with_seed(seed.wrapping_add(index as u64), key);
             part.copy_from_slice(&word.to_le_bytes());
         }
         Checksummer { secret }
@@ -45,8 +46,8 @@ impl Checksummer {
 
     /// The page's checksum: 48 bits, never 0 (which means "none yet").
     pub fn page(&self, page: &[u8; PAGE_SIZE]) -> u64 {
-        let hash = xxhash_rust::xxh3::xxh3_64_with_secret(page, &self.secret) & CHECKSUM_MASK;
-        hash.max(1)
+        let hash = XxHash3_64::oneshot_with_secret(&self.secret, page).expect("the secret is long enough");
+        (hash & CHECKSUM_MASK).max(1)
     }
 
     /// The checksum of a page of zeros.

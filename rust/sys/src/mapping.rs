@@ -11,6 +11,7 @@
 //! ```
 
 use crate::aligned::Aligned;
+use crate::bytes::PageBytes;
 use crate::error::SysError;
 use crate::foreign::{Advised, Foreign, Object};
 use crate::object::{self, EXTENT_SIZE, PAGE_SIZE};
@@ -137,10 +138,6 @@ impl View {
     }
 }
 
-/// A copy of a page, aligned as one.
-#[repr(align(4096))]
-struct Copied([u8; PAGE_SIZE]);
-
 /// Whether a page of the view, or a copy of one, holds the same bytes as page `at` of the window (`None`: as a page of zeros).
 fn same(page: *const u8, window: Option<&Window>, at: u32) -> bool {
     // SAFETY: only called by `equals`, with a page of a view, which is mapped readable while the region lives, or with a copy; the
@@ -175,7 +172,7 @@ impl Memory for View {
         if !self.vanishing {
             return same(self.page(page), window, at);
         }
-        let mut copy = Copied([0; PAGE_SIZE]);
+        let mut copy = PageBytes::ZEROS;
         careful::copy(self.page(page), &mut copy.0) == PAGE_SIZE && same(copy.0.as_ptr(), window, at)
     }
 

@@ -4,11 +4,11 @@
 //! only against the words that were loaded before it was taken. It owns no page, but for one at a time where the kernel does not
 //! say what it copied.
 
+use crate::bytes::PageBytes;
 use crate::careful::{self, Ahead};
 use crate::checksum::{ChecksumWord, Checksummer};
 use crate::error::SysError;
 use crate::gate::Pass;
-use crate::object::PAGE_SIZE;
 use crate::pagemap::{Bits, Pagemap};
 use crate::protocol::{self, Evidence, Kind, Page, Span, Words};
 use crate::region::Region;
@@ -44,7 +44,7 @@ pub struct ScanTools {
     pub pagemap: Option<Pagemap>,
     words: Vec<Word>,
     own: Bits,
-    page: Box<[u8; PAGE_SIZE]>,
+    page: Box<PageBytes>,
     /// The first page of the span that is being scanned.
     first: Page,
     ahead: Ahead,
@@ -53,7 +53,7 @@ pub struct ScanTools {
 impl ScanTools {
     /// Tools for one broker's domain.
     pub fn new(checksummer: Checksummer, store: StoreNumber, pagemap: Option<Pagemap>) -> ScanTools {
-        let page = Box::new([0; PAGE_SIZE]);
+        let page = Box::new(PageBytes::ZEROS);
         ScanTools {
             checksummer,
             store,
@@ -164,7 +164,7 @@ impl Region {
             let copy = tools.ahead.page(&self.view, page, more.count() as u32)?;
             return Some(tools.checksummer.page(copy));
         }
-        self.view.copy_out(page, &mut tools.page);
-        Some(tools.checksummer.page(&tools.page))
+        self.view.copy_out(page, &mut tools.page.0);
+        Some(tools.checksummer.page(&tools.page.0))
     }
 }

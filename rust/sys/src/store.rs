@@ -10,6 +10,7 @@ use rustix::fs::{Mode, OFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use crate::bytes::PageBuffer;
 use crate::checksum::Checksummer;
 use crate::error::{SysError, last_errno};
 use crate::object::{self, EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
@@ -34,7 +35,7 @@ pub struct Store {
     fd: OwnedFd,
     slots: u32,
     /// Where frames are read to for hashing.
-    buffer: Vec<u8>,
+    buffer: PageBuffer,
 }
 
 impl Store {
@@ -73,7 +74,7 @@ impl Store {
         Ok(Store {
             fd,
             slots,
-            buffer: vec![0; HASHED_AT_ONCE as usize * PAGE_SIZE],
+            buffer: PageBuffer::new(HASHED_AT_ONCE),
         })
     }
 
@@ -149,7 +150,7 @@ impl Store {
             let now = (pages - done).min(HASHED_AT_ONCE);
             let bytes = now as usize * PAGE_SIZE;
             self.read_exact(offset_of(slot.plus(done)), bytes)?;
-            piece(done, &self.buffer[..bytes])?;
+            piece(done, &self.buffer.bytes()[..bytes])?;
             done += now;
         }
         Ok(())
@@ -158,7 +159,11 @@ impl Store {
     fn read_exact(&mut self, offset: u64, bytes: usize) -> Result<(), SysError> {
         let mut done = 0;
         while done < bytes {
-            match rustix::io::pread(&self.fd, &mut self.buffer[done..bytes], offset + done as u64) {
+            match rustix::io::pread(
+                &self.fd,
+                &mut self.buffer.bytes_mut()[done..bytes],
+                offset + done as u64,
+            ) {
                 Ok(0) => {
                     return Err(SysError::Call {
                         call: "pread",

@@ -13,6 +13,7 @@
 
 mod link;
 mod mailbox;
+mod mappings;
 mod objects;
 mod orders;
 mod query;

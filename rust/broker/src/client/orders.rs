@@ -3,6 +3,7 @@
 //! Relies on `ksmrs-sys` for everything that happens to a page; what is decided here is only in which order runs are taken, and
 //! that shared pages lose their home only when no other address space can see them.
 
+use super::mappings::Mappings;
 use super::objects::Objects;
 use super::sentinel::Sentinel;
 use crate::wire::{Bits, Failure, Range, Run, RunOutcome};
@@ -40,6 +41,7 @@ pub(super) struct Desk {
     pagemap: Option<Pagemap>,
     /// Whether a shared region ever showed a frame: then the fault handler matters.
     shared_merged: bool,
+    mappings: Mappings,
 }
 
 /// What became of a Map.
@@ -64,6 +66,7 @@ impl Desk {
             sentinel: Sentinel::new(),
             pagemap: None,
             shared_merged: false,
+            mappings: Mappings::default(),
         })
     }
 
@@ -117,6 +120,11 @@ impl Desk {
             .collect()
     }
 
+    /// Whether this process is so near its limit of mappings that merging must not take more.
+    pub(super) fn has_too_many_mappings(&mut self, runs: &[Run]) -> bool {
+        !self.mappings.suffice_for(runs)
+    }
+
     /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.
     pub(super) fn map(
         &mut self,
@@ -164,10 +172,11 @@ impl Desk {
                     let verdicts = &self.verdicts[..span.pages as usize];
                     // What was proposed and not mapped everywhere may be let go too.
                     mapped.gave_up |= verdicts.iter().any(|verdict| *verdict != Verdict::Merged);
-                    let shown = verdicts
-                        .iter()
-                        .filter(|verdict| matches!(verdict, Verdict::Merged | Verdict::Moved));
-                    MERGES.fetch_add(shown.count() as u64, Ordering::Relaxed);
+                    let shown = |verdict: &Verdict| matches!(verdict, Verdict::Merged | Verdict::Moved);
+                    let shows = verdicts.iter().filter(|verdict| shown(verdict)).count();
+                    MERGES.fetch_add(shows as u64, Ordering::Relaxed);
+                    self.mappings
+                        .spend(verdicts.chunk_by(|one, next| shown(one) == shown(next)).count());
                     if region.kind() == Kind::Shared {
                         unsettled.extend(fresh(verdicts, span).map(|part| (index, region.clone(), part)));
                     }
@@ -299,20 +308,4 @@ fn failure_of(error: &SysError) -> Failure {
         Some(errno) => Failure::Errno(errno),
         None => Failure::Gone,
     }
-}
-
-/// Whether this process is so near its limit of mappings that merging must not take more: the program needs the rest.
-pub(super) fn too_many_mappings() -> bool {
-    static COUNTED: AtomicU32 = AtomicU32::new(0);
-    /// Map orders between two counts; an order takes a few thousand mappings at worst.
-    const EVERY: u32 = 4;
-    if !COUNTED.fetch_add(1, Ordering::Relaxed).is_multiple_of(EVERY) {
-        return false;
-    }
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
-    let limit = limit
-        .and_then(|limit| limit.trim().parse::<usize>().ok())
-        .unwrap_or(65_530);
-    let maps = std::fs::read("/proc/thread-self/maps").unwrap_or_default();
-    maps.iter().filter(|byte| **byte == b'\n').count() > limit / 4 * 3
 }

@@ -553,7 +553,7 @@ impl Remapper {
         let Some((number, store)) = self.session.as_ref().and_then(|session| session.store.as_ref()) else {
             return Ok(());
         };
-        if orders::too_many_mappings() {
+        if self.desk.has_too_many_mappings(runs) {
             self.report(
                 &ToBroker::Failed {
                     order,

@@ -1,0 +1,86 @@
+//! How many mappings this process may still spend on merging: the kernel allows it a number, and the program needs the rest.
+//!
+//! Counting reads all of /proc/self/maps, so it is done when what was counted last may be used up, and now and then, for the
+//! program maps too. Relies on being told of every Map that is carried out; never refuses what certainly fits.
+
+use crate::wire::Run;
+
+/// Map orders between two counts at most: the program's own mappings grow unseen meanwhile.
+const ORDERS: u32 = 32;
+/// The kernel's limit where it cannot be read.
+const DEFAULT_LIMIT: usize = 65_530;
+
+/// What may still be spent, as of the last count.
+#[derive(Default)]
+pub(super) struct Mappings {
+    left: usize,
+    orders: u32,
+}
+
+impl Mappings {
+    /// Whether these runs may be mapped, however many mappings they take.
+    pub(super) fn suffice_for(&mut self, runs: &[Run]) -> bool {
+        // At worst every other page of a run changed, and each page that did not is a mapping between two others.
+        let worst = runs.iter().map(|run| usize::from(run.pages) + 1).sum();
+        if self.orders == 0 || self.left < worst {
+            self.orders = ORDERS;
+            self.left = mergeable(limit()).saturating_sub(count());
+        }
+        self.orders -= 1;
+        self.left > 0
+    }
+
+    /// Stretches of pages were mapped: each adds one mapping, and one more where it cuts another in two.
+    pub(super) fn spend(&mut self, stretches: usize) {
+        self.left = self.left.saturating_sub(2 * stretches);
+    }
+}
+
+/// The mappings at which merging stops.
+fn mergeable(limit: usize) -> usize {
+    limit / 4 * 3
+}
+
+fn limit() -> usize {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    limit
+        .and_then(|limit| limit.trim().parse().ok())
+        .unwrap_or(DEFAULT_LIMIT)
+}
+
+fn count() -> usize {
+    let maps = std::fs::read("/proc/thread-self/maps").unwrap_or_default();
+    maps.iter().filter(|byte| **byte == b'\n').count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn run(pages: u16) -> Run {
+        Run {
+            first_word: 0,
+            pages,
+            slot: 0,
+        }
+    }
+
+    #[test]
+    fn is_counted_when_what_was_counted_may_be_used_up() {
+        let mut mappings = Mappings::default();
+        assert!(mappings.suffice_for(&[run(512)]));
+        let counted = mappings.left;
+        assert!(counted > 0 && counted < mergeable(limit()));
+        mappings.spend(100);
+        assert!(mappings.suffice_for(&[run(512)]));
+        assert_eq!(mappings.left, counted - 200, "not counted again");
+        mappings.spend(counted);
+        assert!(mappings.suffice_for(&[run(512)]));
+        assert!(mappings.left > counted / 2, "counted again");
+        for _ in 0..ORDERS {
+            mappings.left = usize::MAX;
+            mappings.suffice_for(&[]);
+        }
+        assert_ne!(mappings.left, usize::MAX, "counted in its turn");
+    }
+}
