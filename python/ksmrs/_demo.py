@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import posix_ipc
 import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -28,6 +29,7 @@ from rich.table import Table
 
 import ksmrs
 from ksmrs import _ksmrs
+from ksmrs._demo_worker import KINDS, OWN_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,9 +70,9 @@ def pick_files(nbytes: int) -> list[tuple[str, int]]:
 class WorkerProcess:
     """A worker, as the demo sees it: commands out, answers in."""
 
-    def __init__(self, number: int, shared: bool, files: list[tuple[str, int]]) -> None:
+    def __init__(self, number: int, kind: str, files: list[tuple[str, int]], name: str) -> None:
         self.number = number
-        self.shared = shared
+        self.kind = kind
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ksmrs._demo_worker"],
             stdin=subprocess.PIPE,
@@ -78,7 +80,7 @@ class WorkerProcess:
             text=True,
         )
         self.pid = self._process.pid
-        self._send({"number": number, "shared": shared, "files": files})
+        self._send({"number": number, "kind": kind, "files": files, "name": name})
 
     def _send(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -135,7 +137,7 @@ def run(workers: int, mb: int, as_json: bool) -> int:
     files = pick_files(mb * MIB)
     nbytes = sum(size for _, size in files)
     console.print(
-        f"{workers} processes, half private, half shared memory, each reading the same {len(files)} files "
+        f"{workers} processes ({', '.join(KINDS[:workers])}), each reading the same {len(files)} files "
         f"({nbytes / MIB:.1f} MiB; the largest is {Path(files[0][0]).name}, {files[0][1] / MIB:.1f} MiB)"
     )
     with _broker_of_its_own(), ExitStack() as ends:
@@ -144,12 +146,17 @@ def run(workers: int, mb: int, as_json: bool) -> int:
         ksmrs.tunables.run = 0
         processes = []
         for number in range(workers):
-            process = WorkerProcess(number, number % 2 == 1, files)
+            kind = KINDS[number % len(KINDS)]
+            name = f"/ksmrs-demo-{os.getpid()}-{number}"
+            if kind == "named object":
+                _make_object(name, sum(map(_whole_pages, files)) + OWN_BYTES)
+                ends.callback(posix_ipc.unlink_shared_memory, name)
+            process = WorkerProcess(number, kind, files, name)
             ends.callback(process.end)
             processes.append(process)
         loaded = ask_all(processes, "load")
         before = _measure(processes)
-        merge_seconds = _merge(console, processes, sum(-(-size // 4096) for _, size in files) * workers)
+        merge_seconds = _merge(console, sum(map(_whole_pages, files)) // _ksmrs.PAGE_SIZE * workers)
         after = _measure(processes)
         counters = ksmrs.stats()
         report = _report(processes, loaded, before, after)
@@ -159,7 +166,7 @@ def run(workers: int, mb: int, as_json: bool) -> int:
         report["pages_overwritten"] = processes[-1].answer()["pages_written"]
         report["bytes_wrong_merged"], report["bytes_verified"] = _verify(processes)
         unmerged = ask_all(processes, "unmerge")
-        report["pages_merged_after_unmerge"] = sum(answer["pages"].get("merged", 0) for answer in unmerged)
+        report["pages_merged_after_unmerge"] = sum(answer["pages_of_frames"] for answer in unmerged)
         report["bytes_wrong_unmerged"] = _verify(processes)[0]
         report["seconds"] = round(time.monotonic() - started, 3)
     wrong = report["bytes_wrong_merged"] + report["bytes_wrong_unmerged"]
@@ -168,6 +175,16 @@ def run(workers: int, mb: int, as_json: bool) -> int:
     else:
         _show(console, report)
     return 1 if wrong else 0
+
+
+def _whole_pages(file: tuple[str, int]) -> int:
+    """How many bytes a file takes when it begins at a page."""
+    return -(-file[1] // _ksmrs.PAGE_SIZE) * _ksmrs.PAGE_SIZE
+
+
+def _make_object(name: str, nbytes: int) -> None:
+    """Make a POSIX object for a worker; nobody else keeps it open, for then it would not merge."""
+    posix_ipc.SharedMemory(name, posix_ipc.O_CREX, size=nbytes).close_fd()
 
 
 @contextmanager
@@ -216,7 +233,7 @@ def _measure(processes: list[WorkerProcess]) -> dict[str, Any]:
     }
 
 
-def _merge(console: Console, processes: list[WorkerProcess], total: int) -> float:
+def _merge(console: Console, total: int) -> float:
     """Let the broker merge until a request finds nothing more, showing how far it is; returns the seconds it took."""
     failures: list[BaseException] = []
 
@@ -268,11 +285,11 @@ def _report(
         rows.append(
             {
                 "worker": process.number,
-                "kind": "shared" if process.shared else "private",
+                "kind": process.kind,
                 "mapped_bytes": sizes["mapped_bytes"],
                 "pss_before_bytes": first["pss_bytes"],
                 "pss_after_bytes": last["pss_bytes"],
-                "merged_pages": last["pages"].get("merged", 0) + last["pages"].get("zero", 0),
+                "merged_pages": last["merged_pages"],
                 "cpu_seconds": round(last["cpu_seconds"] - first["cpu_seconds"], 3),
             }
         )
