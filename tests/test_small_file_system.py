@@ -1,6 +1,6 @@
 """Objects in a file system of a limited size: merging gives room back that somebody else may take, and no byte is lost by it.
 
-The file system is a tmpfs of a few MiB that the test mounts, and so needs root; what is asserted of it is statvfs and st_blocks.
+The file system is a tmpfs of a few MiB that the test mounts, which needs root; what is measured of it is statvfs and st_blocks.
 """
 
 from __future__ import annotations
