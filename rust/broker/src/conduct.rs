@@ -136,15 +136,26 @@ impl Conductor {
         self.departed.iter().any(|departed| self.objects.are_of(departed.id.0))
     }
 
-    /// Tells clients of whose objects somebody waits to open; returns when to ask for that next.
+    /// Tells clients of whose objects somebody waits to open, and lends the pages of those that do not answer; returns when to ask
+    /// for that next.
     fn recall(&mut self) -> Option<Duration> {
-        for (client, region) in self.objects.recalls(self.now()) {
+        let now = self.now();
+        for (client, region) in self.objects.recalls(now) {
             tracing::info!(client, region, "somebody opens its object: its pages go home");
             if let Some(session) = self.sessions.get_mut(&client)
                 && let Err(offence) = session.send(&ToClient::Recall { region }, None)
             {
                 // Found again when the session is flushed, and dropped there.
                 tracing::debug!(client, %offence, "recall not sent");
+            }
+        }
+        for client in self.objects.overdue(now) {
+            if let Some(session) = self.sessions.get(&client)
+                && let (Some(table), Some(name)) = (&session.table, &session.domain)
+                && let Some(domain) = self.domains.get_mut(name)
+                && let Err(error) = self.objects.lend(client, now, table, session.store, &mut domain.store)
+            {
+                tracing::warn!(client, %error, "pages cannot be lent; it is tried again");
             }
         }
         self.objects.next_watch()

@@ -3,17 +3,16 @@
 //! A client departs when its socket closes, is *dead* when its process exited or no address space maps a life page of it, and
 //! *gone* when the latter is so. What a dead client left out of its objects is written back before a frame of it is freed.
 
-use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use ksmrs_core::{ClientId, Epoch};
 use ksmrs_sys::StoreNumber;
 use ksmrs_sys::page_table::TableView;
-use rustix::event::{PollFd, PollFlags, Timespec};
 
 use crate::domain::Domain;
 use crate::lives::Lives;
 use crate::objects::Objects;
+use crate::process::Process;
 use crate::session::Session;
 
 /// How often it is looked whether a process that has objects is dead.
@@ -29,7 +28,7 @@ pub(crate) struct Departed {
     lives: Lives,
     table: Option<TableView>,
     store: StoreNumber,
-    process: Option<OwnedFd>,
+    process: Option<Process>,
     /// When to look after its objects.
     next: Duration,
 }
@@ -61,14 +60,6 @@ impl Departed {
         }
     }
 
-    /// Whether the process is no more, exec included only as far as life pages tell.
-    fn has_exited(&self) -> bool {
-        let Some(process) = &self.process else { return false };
-        let mut ready = [PollFd::new(process, PollFlags::IN)];
-        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
-        rustix::event::poll(&mut ready, Some(&at_once)) == Ok(1)
-    }
-
     /// Asks about its life pages, and looks after its objects.
     pub(crate) fn look(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> Found {
         let sealed = self.lives.poll(false, now);
@@ -95,7 +86,8 @@ impl Departed {
             return false;
         }
         self.next = now + DEATH_WATCH;
-        let exited = self.has_exited();
+        // An exec only life pages tell of.
+        let exited = self.process.as_ref().is_some_and(Process::has_exited);
         if !exited && !self.lives.are_over() {
             return false;
         }

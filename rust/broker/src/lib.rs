@@ -14,6 +14,7 @@ mod domain;
 mod lives;
 mod objects;
 mod offence;
+mod process;
 mod questions;
 pub mod runtime_dir;
 pub mod serve;

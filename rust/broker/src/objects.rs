@@ -2,14 +2,16 @@
 //!
 //! A merged page is missing in its object, so nobody but the client may look at that. The lease, taken here and asked about here,
 //! makes whoever opens the object wait until the client took its pages home, or, when there is no client any more, until they are
-//! written back from their frames. It relies on the words of a dead process standing still, believes a descriptor only after
-//! it was vetted, and never touches an object whose client may still run.
+//! written back from their frames. A client that does not answer, for it is stopped, has its pages *lent*: completed in the
+//! object under the rules of the page-state protocol, so that it may go on at any moment. It relies on the words of a dead
+//! process standing still, believes a descriptor only after it was vetted, and writes only to pages that are holes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
 use ksmrs_sys::lease::Description;
+use ksmrs_sys::page_table::TableView;
 use ksmrs_sys::sharers::ObjectId;
 use ksmrs_sys::store::Store;
 use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, SysError, Word};
@@ -18,6 +20,8 @@ use crate::wire;
 
 /// How often it is asked whether somebody waits for a lease to end.
 const LEASE_WATCH: Duration = Duration::from_millis(50);
+/// How long a client may take to bring its pages home before they are lent; a third of what the kernel grants it, at most.
+const PATIENCE: Duration = Duration::from_secs(3);
 /// Pages written back at once.
 const PAGES_AT_ONCE: u32 = 512;
 
@@ -35,8 +39,17 @@ struct Held {
     client: u32,
     /// By the client's numbers.
     regions: BTreeMap<u32, Place>,
-    /// Somebody waits for it, and the client knows.
-    recalled: bool,
+    waiting: Waiting,
+}
+
+/// Whether somebody waits to open an object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waiting {
+    Nobody,
+    /// The client was told, and is given until then.
+    Until(Duration),
+    /// Not any more: the object holds all its bytes, but the client does not know yet.
+    Lent,
 }
 
 /// All of them.
@@ -74,7 +87,7 @@ impl Objects {
             if held.client != client {
                 return Err(format!("client {} has opted it in", held.client));
             }
-            if held.recalled {
+            if held.waiting != Waiting::Nobody {
                 return Err("somebody has opened it".to_owned());
             }
             held.regions.insert(region, place);
@@ -96,7 +109,7 @@ impl Objects {
             description,
             client,
             regions: BTreeMap::from([(region, place)]),
-            recalled: false,
+            waiting: Waiting::Nobody,
         };
         self.held.insert(id, held);
         Ok(())
@@ -123,9 +136,9 @@ impl Objects {
             return found;
         }
         self.next_watch = now + LEASE_WATCH;
-        for held in self.held.values_mut().filter(|held| !held.recalled) {
+        for held in self.held.values_mut().filter(|held| held.waiting == Waiting::Nobody) {
             if !held.description.is_leased() {
-                held.recalled = true;
+                held.waiting = Waiting::Until(now + patience());
                 found.extend(held.regions.keys().map(|region| (held.client, *region)));
             }
         }
@@ -134,8 +147,57 @@ impl Objects {
 
     /// When to ask for recalls again; `None` while there is nothing to ask about.
     pub(crate) fn next_watch(&self) -> Option<Duration> {
-        let watched = self.held.values().any(|held| !held.recalled);
+        let watched = self.held.values().any(|held| held.waiting != Waiting::Lent);
         watched.then_some(self.next_watch)
+    }
+
+    /// Clients that took too long.
+    pub(crate) fn overdue(&self, now: Duration) -> BTreeSet<u32> {
+        let overdue = |held: &&Held| matches!(held.waiting, Waiting::Until(until) if until <= now);
+        self.held.values().filter(overdue).map(|held| held.client).collect()
+    }
+
+    /// Lends the pages of a client's overdue objects out, and lets go on who waits for them. What a thread of the client owns
+    /// right now is tried again.
+    ///
+    /// # Errors
+    /// No room in the object, or its pages' frames cannot be read.
+    pub(crate) fn lend(
+        &mut self,
+        client: u32,
+        now: Duration,
+        table: &TableView,
+        number: StoreNumber,
+        store: &mut Store,
+    ) -> Result<(), SysError> {
+        let slots = store.slots();
+        let known = |word: Word| {
+            word.frame()
+                .is_none_or(|(store, slot)| store == number && slot.0 < slots)
+        };
+        for held in self.held.values_mut().filter(|held| held.client == client) {
+            if !matches!(held.waiting, Waiting::Until(until) if until <= now) {
+                continue;
+            }
+            let mut whole = true;
+            for place in held.regions.values() {
+                whole &= table.lend(place.first_word, place.pages, known, |page, pages, word| {
+                    let Some((_, slot)) = word.frame() else { return Ok(()) };
+                    let offset = place.offset + u64::from(page) * PAGE_SIZE as u64;
+                    store.fill_holes(&held.description, offset, slot, pages)?;
+                    Ok(())
+                })?;
+            }
+            if whole {
+                tracing::info!(
+                    client,
+                    "it does not answer: its pages are lent to whoever opened its object"
+                );
+                held.waiting = Waiting::Lent;
+                release(held);
+            }
+        }
+        Ok(())
     }
 
     /// Whether a client has any.
@@ -170,6 +232,13 @@ impl Objects {
         theirs.filter(|_| exited).for_each(release);
         self.forget(client);
         Ok(written)
+    }
+}
+
+fn patience() -> Duration {
+    match Description::break_time() {
+        Duration::ZERO => PATIENCE,
+        most => PATIENCE.min(most / 3),
     }
 }
 

@@ -16,6 +16,7 @@ use ksmrs_sys::staging::StagingView;
 
 use crate::lives::Lives;
 use crate::offence::Offence;
+use crate::process::Process;
 use crate::wire::{self, BrokerEnd, ToClient, WireError};
 
 /// Datagrams that may wait for a client; each is at most 64 KiB, most are a few bytes.
@@ -62,7 +63,7 @@ pub(crate) struct Session {
     pub(crate) connection: BrokerEnd,
     pub(crate) credentials: Credentials,
     /// Tells of its process's end; absent where the kernel does not know the process by that number.
-    pub(crate) process: Option<OwnedFd>,
+    pub(crate) process: Option<Process>,
     pub(crate) phase: Phase,
     pub(crate) domain: Option<String>,
     /// What this client's words call the domain's store.
@@ -88,8 +89,7 @@ impl Session {
                 ours,
             });
         }
-        let process = rustix::process::Pid::from_raw(credentials.pid as i32)
-            .and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
+        let process = Process::of(credentials.pid);
         Ok(Session {
             id,
             connection,

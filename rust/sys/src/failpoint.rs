@@ -38,13 +38,15 @@ pub enum Failpoint {
     BrokerFilled,
     /// The broker is about to send an order to map frames.
     BrokerProposes,
+    /// The broker owns pages of a client that stands still, to complete them at home.
+    BrokerLends,
     /// The broker is about to free frames.
     BrokerPunches,
 }
 
 impl Failpoint {
     /// Every failpoint with its name.
-    pub const ALL: [(&'static str, Failpoint); 16] = [
+    pub const ALL: [(&'static str, Failpoint); 17] = [
         ("merge-freezing", Failpoint::MergeFreezing),
         ("merge-frozen", Failpoint::MergeFrozen),
         ("merge-committing", Failpoint::MergeCommitting),
@@ -60,6 +62,7 @@ impl Failpoint {
         ("fault-arrived", Failpoint::FaultArrived),
         ("broker-filled", Failpoint::BrokerFilled),
         ("broker-proposes", Failpoint::BrokerProposes),
+        ("broker-lends", Failpoint::BrokerLends),
         ("broker-punches", Failpoint::BrokerPunches),
     ];
 }

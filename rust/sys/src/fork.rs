@@ -146,7 +146,8 @@ fn take_home(area: &registry::Area) {
     let mut page = Page(0);
     while page.0 < area.words.pages() {
         let word = area.words.load(page);
-        if !matches!(word.state(), State::Merged | State::Zero) {
+        let lent = word.state() == State::Homed && word.is_lent();
+        if !lent && !matches!(word.state(), State::Merged | State::Zero) {
             page = page.plus(1);
             continue;
         }

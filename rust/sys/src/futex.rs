@@ -27,6 +27,11 @@ pub(crate) fn wake_shared(value: &AtomicU32) {
     }
 }
 
+/// The same for waiters of other processes, of whom nothing is known here.
+pub(crate) fn wake_elsewhere(value: &AtomicU32) {
+    let _ = futex::wake(value, futex::Flags::empty(), i32::MAX as u32);
+}
+
 /// Sleeps until the value is no longer `seen` or the time is over; process-private.
 pub(crate) fn wait(value: &AtomicU32, seen: u32, at_most: Option<Duration>) {
     let timeout = at_most.map(|time| rustix::thread::Timespec {

@@ -13,6 +13,7 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Duration;
 
 const WHAT: &str = "shared object";
 
@@ -129,6 +130,12 @@ impl Description {
     pub fn is_leased(&self) -> bool {
         // SAFETY: asks for a number.
         unsafe { libc::fcntl(self.fd.as_raw_fd(), libc::F_GETLEASE) == libc::F_WRLCK }
+    }
+
+    /// How long the kernel lets somebody wait for a lease to end before it ends it itself; zero: for ever.
+    pub fn break_time() -> Duration {
+        let seconds = std::fs::read_to_string("/proc/sys/fs/lease-break-time").ok();
+        Duration::from_secs(seconds.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or(45))
     }
 
     /// Gives the lease up: whoever waits goes on.

@@ -1,7 +1,7 @@
 //! The page table of a client: per page a state word and a checksum word, in memory that client and broker share.
 //!
 //! The client makes it once, sized to a capacity and sealed, and lends slices of it to its regions; the broker maps it
-//! read-only and believes nothing but what it loads. The header also says which epoch the client is in: what words say is given
+//! read-only (but to lend pages of a client that stands still) and believes nothing but what it loads. The header also says which epoch the client is in: what words say is given
 //! up belongs to the epoch that is read *after* them, whatever messages are still on their way. Neither side ever waits in this file, and no file descriptor is needed
 //! after the mapping exists.
 //!
@@ -22,7 +22,9 @@ use rustix::fs::SealFlags;
 use crate::checksum::ChecksumWord;
 use crate::error::SysError;
 use crate::object::{self, Access, PAGE_SIZE, SharedMapping};
+use crate::protocol::{self, Page, Span, Words};
 use crate::word::Word;
+use crate::words::LentWords;
 
 const WHAT: &str = "page table";
 /// "ksmrsPT1": layout and endianness in one word.
@@ -174,6 +176,8 @@ impl ClientTable {
 pub struct TableView {
     mapping: SharedMapping,
     capacity: u32,
+    /// For the one time that the broker has to write: `lend`.
+    fd: OwnedFd,
 }
 
 impl TableView {
@@ -187,7 +191,7 @@ impl TableView {
         if capacity == 0 || capacity > MAX_CAPACITY || vetted.size != table_bytes(capacity) as u64 {
             return Err(hostile(format!("{} bytes for {capacity} pages", vetted.size)));
         }
-        let mapping = SharedMapping::of(fd, WHAT, table_bytes(capacity), Access::Read)?;
+        let mapping = SharedMapping::of(&fd, WHAT, table_bytes(capacity), Access::Read)?;
         let header: [u64; HEADER_WORDS] = {
             let words = mapping.words(0, HEADER_WORDS);
             core::array::from_fn(|index| words[index].load(Ordering::Relaxed))
@@ -195,7 +199,8 @@ impl TableView {
         if header[..EPOCH_WORD] != [MAGIC, PAGE_SIZE as u64, u64::from(capacity)] {
             return Err(hostile(format!("header {header:x?} for {capacity} pages")));
         }
-        Ok(TableView { mapping, capacity })
+        let fd = rustix::io::fcntl_dupfd_cloexec(&fd, 0).map_err(SysError::call("F_DUPFD_CLOEXEC", WHAT))?;
+        Ok(TableView { mapping, capacity, fd })
     }
 
     /// Pages that the table describes.
@@ -213,6 +218,31 @@ impl TableView {
     pub fn word(&self, index: u32) -> Option<Word> {
         let words = self.mapping.words(PAGE_SIZE, self.capacity as usize);
         words.get(index as usize).map(|word| Word(word.load(Ordering::Acquire)))
+    }
+
+    /// Lends the pages of a shared region out, see [`protocol::lend`]: `complete` is told how far into the region a stretch begins,
+    /// how many pages it has, and the word of the first.
+    ///
+    /// # Errors
+    /// The table cannot be mapped, or what `complete` failed with.
+    pub fn lend(
+        &self,
+        first_word: u32,
+        pages: u32,
+        known: impl Fn(Word) -> bool,
+        mut complete: impl FnMut(u32, u32, Word) -> Result<(), SysError>,
+    ) -> Result<bool, SysError> {
+        let mapping = SharedMapping::of(&self.fd, WHAT, table_bytes(self.capacity), Access::ReadWrite)?;
+        let words = mapping.words(PAGE_SIZE, self.capacity as usize);
+        let end = first_word.saturating_add(pages).min(self.capacity);
+        let words = LentWords::new(&words[first_word.min(end) as usize..end as usize]);
+        let span = Span {
+            first: Page(0),
+            pages: words.pages(),
+        };
+        protocol::lend(&words, span, known, |span, word| {
+            complete(span.first.0, span.pages, word)
+        })
     }
 
     /// The checksum word of a page; `None` outside the table.

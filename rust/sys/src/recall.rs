@@ -3,7 +3,7 @@
 //! For regions whose object may be opened by others, or be shared with relatives of this process. The remapper calls this; it
 //! relies on being the only one that merges. A region begins recalled and is dismissed once its object is known to be ours alone.
 
-use crate::protocol::{Kind, Page, Words};
+use crate::protocol::{self, Kind, Page, Words};
 use crate::region::Region;
 use crate::word::State;
 use core::sync::atomic::Ordering;
@@ -28,7 +28,7 @@ impl Region {
     /// bytes. Once the region is closed there is nothing to do.
     ///
     /// # Errors
-    /// No room for the pages; then some of them are at home, and it may be tried again.
+    /// No room for the pages, or EAGAIN while the broker owns some; then some of them are at home, and it may be tried again.
     pub fn take_home(&self) -> Result<(), Errno> {
         debug_assert!(self.kind() == Kind::Shared && self.recalled.load(Ordering::Acquire));
         let home = self.open(|_| self.leave_on(&self.view)).unwrap_or(Ok(()));
@@ -37,6 +37,17 @@ impl Region {
         self.let_go(&holds, 0..self.pages());
         drop(holds);
         home
+    }
+
+    /// Whether its broker owns pages of it, to complete them at home for somebody else.
+    pub fn is_being_lent(&self) -> bool {
+        let owned = |page: Page| protocol::is_being_lent(self.words.load(page));
+        self.whole().iter().any(owned)
+    }
+
+    /// Its broker ended: pages that it owned are the region's again.
+    pub fn reclaim(&self) {
+        protocol::reclaim(&self.words, self.whole());
     }
 
     /// Pages whose memory may be taken out of the object now.

@@ -16,6 +16,7 @@ use crate::pagemap::Pagemap;
 use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
+use crate::signal;
 use crate::staging::Staging;
 use crate::store::StoreFile;
 use crate::window::{Pane, Window};
@@ -442,7 +443,14 @@ impl Region {
         // Opted out first, so that nobody lets a page take part again that has left.
         let whole = core::iter::once(0..self.pages()).collect();
         let before = core::mem::replace(&mut self.holds().unadvised, whole);
-        let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
+        let left = loop {
+            let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
+            match left {
+                // The broker is at it, or the remapper finds that there is none.
+                Some(Err(rustix::io::Errno::AGAIN)) => signal::nap(),
+                left => break left,
+            }
+        };
         GIVEN_UP.fetch_add(1, Ordering::Relaxed);
         left.unwrap_or(Ok(()))
             .map_err(SysError::call("mremap", "leaving region"))

@@ -12,6 +12,7 @@
 //!                   `----------- the half that a futex sees ----'
 //! ```
 //!
+//! Of the four bits of the origin the upper two are marks: cancelled (7) and lent (6).
 //! A zeroed table is a table of Private pages. Store 0 means "no store", so a slot is only read under a store number.
 
 use core::fmt;
@@ -62,7 +63,7 @@ impl State {
         State::Leaving,
     ];
 
-    /// Whether somebody owns a word in this state, so that everyone else waits for it to change.
+    /// Whether somebody owns a word in this state, so that everyone else waits for it to change; but see [`Word::is_owned`].
     pub const fn is_transient(self) -> bool {
         matches!(
             self,
@@ -160,6 +161,8 @@ const ORIGIN_SHIFT: u32 = 4;
 const ORIGIN_MASK: u64 = 0x3;
 /// Set by a writer that could not thaw one page at the mapping limit: the remapper must thaw the run.
 const CANCEL_BIT: u64 = 1 << 7;
+/// Set by a broker that completed, or is completing, the home page of a client that stands still.
+const LENT_BIT: u64 = 1 << 6;
 const GENERATION_SHIFT: u32 = 8;
 const GENERATION_MASK: u64 = 0xffff;
 const STORE_SHIFT: u32 = 24;
@@ -235,6 +238,29 @@ impl Word {
         Word(self.0 & !CANCEL_BIT)
     }
 
+    /// Whether its broker has to do with the page: Breaking, it fills the home page; Homed, that is complete and nobody's.
+    pub const fn is_lent(self) -> bool {
+        self.0 & LENT_BIT != 0
+    }
+
+    /// The same word with the lent mark.
+    #[must_use]
+    pub const fn lent(self) -> Word {
+        Word(self.0 | LENT_BIT)
+    }
+
+    /// The same word without the lent mark.
+    #[must_use]
+    pub const fn unlent(self) -> Word {
+        Word(self.0 & !LENT_BIT)
+    }
+
+    /// Whether somebody owns the word.
+    pub const fn is_owned(self) -> bool {
+        let state = self.state();
+        state.is_transient() && !(matches!(state, State::Homed) && self.is_lent())
+    }
+
     /// The same page in another state; frame, origin and generation stay.
     #[must_use]
     pub const fn with_state(self, state: State) -> Word {
@@ -280,6 +306,9 @@ impl fmt::Debug for Word {
             write!(f, "({}:{:?})", store.0, slot)?;
         }
         write!(f, "#{}<-{}", self.generation(), self.origin().state().name())?;
+        if self.is_lent() {
+            f.write_str("+")?;
+        }
         if self.is_cancelled() { f.write_str("!") } else { Ok(()) }
     }
 }
@@ -305,6 +334,8 @@ mod tests {
                 prop_assert_eq!(moved.origin(), Origin::Detached);
                 prop_assert_eq!(moved.frame(), framed.frame());
                 prop_assert_eq!(moved.generation(), framed.generation());
+                prop_assert!(moved.lent().is_lent() && !moved.lent().unlent().is_lent());
+                prop_assert_eq!(moved.lent().unlent(), moved.unlent());
                 prop_assert!(moved.cancelled().is_cancelled() && !moved.cancelled().uncancelled().is_cancelled());
             }
         }

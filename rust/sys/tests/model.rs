@@ -71,6 +71,22 @@ fn detached_pages_come_home_under_a_writer() {
 }
 
 #[test]
+fn lent_pages_keep_what_everyone_writes() {
+    explore(3, || lent_under_a_writer(1));
+    explore(2, || lent_under_a_writer(2));
+}
+
+#[test]
+fn pages_are_lent_while_they_leave() {
+    explore(3, lent_while_they_leave);
+}
+
+#[test]
+fn nothing_is_freed_of_an_object_that_somebody_opened() {
+    explore(3, lent_in_a_merge);
+}
+
+#[test]
 fn a_slow_handler_leaves_no_page_read_only() {
     explore(4, || slow_handler(Kind::Shared));
     explore(4, || slow_handler(Kind::Private));

@@ -2,6 +2,7 @@
 
 use super::mailbox::{Event, Mailbox};
 use super::{ConnectOptions, Error, start};
+use crate::process::Process;
 use crate::wire::{ClientEnd, ReceiveBuffer, ToBroker, WireError};
 use ksmrs_sys::peer::Wait;
 use ksmrs_sys::sigmask;
@@ -14,6 +15,8 @@ pub(super) struct Link {
     pub(super) number: u32,
     /// The broker's process, 0 if it cannot be told.
     pub(super) broker: u32,
+    /// Tells of its end.
+    pub(super) process: Option<Arc<Process>>,
     end: Arc<ClientEnd>,
 }
 
@@ -32,7 +35,13 @@ impl Link {
             });
         thread.map_err(|error| Error::Off(format!("no thread to read the socket: {error}")))?;
         let broker = end.credentials().map_or(0, |credentials| credentials.pid);
-        Ok(Link { number, broker, end })
+        let process = Process::of(broker).map(Arc::new);
+        Ok(Link {
+            number,
+            broker,
+            process,
+            end,
+        })
     }
 
     /// Sends a message. The remapper owns no word and holds no lock here.

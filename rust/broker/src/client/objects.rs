@@ -14,11 +14,13 @@
 use super::Error;
 use super::orders::{Desk, number};
 use super::session::Session;
+use crate::process::Process;
 use crate::wire;
 use ksmrs_sys::foreign::Object;
 use ksmrs_sys::lease::Description;
 use ksmrs_sys::region::Region;
 use ksmrs_sys::sharers::{self, ObjectId, Sharer};
+use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -49,8 +51,9 @@ struct Entry {
     /// Of what is leased.
     description: Option<Description>,
     standing: Standing,
-    /// The connection that it last joined over.
+    /// The connection that it last joined over, and the broker there.
     link: u32,
+    broker: Option<Arc<Process>>,
     pause: Duration,
     /// Why it does not merge.
     reason: Option<String>,
@@ -89,6 +92,7 @@ impl Objects {
             description: None,
             standing: Standing::Outside(Instant::now()),
             link: 0,
+            broker: None,
             pause: FIRST_PAUSE,
             reason: None,
         };
@@ -180,6 +184,7 @@ impl Objects {
             match admit(entry, alone, shared.get(&entry.object.id)) {
                 Ok(()) => {
                     (entry.standing, entry.link) = (Standing::Inside, session.link.number);
+                    entry.broker = session.link.process.clone();
                     entry.region.dismiss();
                     desk.add(entry.region.clone());
                     let leased = entry.description.as_ref().map(|description| {
@@ -290,6 +295,13 @@ impl Objects {
         Some(reasons.collect())
     }
 
+    /// Whether nobody waits to open a region's object.
+    pub(super) fn is_leased(&self, region: &Region) -> bool {
+        let entry = self.entries.get(&number(region));
+        let description = entry.and_then(|entry| entry.description.as_ref());
+        description.is_none_or(Description::is_leased)
+    }
+
     /// Whether the file system of a region's object keeps room for all that this process took out of objects there.
     pub(super) fn have_room(&self, region: &Region) -> bool {
         let Some(entry) = self.entries.get(&number(region)) else {
@@ -322,7 +334,19 @@ fn admit(entry: &mut Entry, alone: bool, sharer: Option<&Sharer>) -> Result<(), 
 
 /// Takes a recalled region's pages home and says so, to the broker if there is one.
 fn bring_home(number: u32, entry: &mut Entry, session: Option<&mut Session>) -> Result<(), Error> {
-    if let Err(errno) = entry.region.take_home() {
+    let connected = session
+        .as_ref()
+        .is_some_and(|session| session.link.number == entry.link);
+    if entry.region.is_being_lent() && entry.broker.as_deref().map_or(!connected, Process::has_exited) {
+        entry.region.reclaim();
+    }
+    let home = entry.region.take_home();
+    if home == Err(Errno::AGAIN) {
+        // The broker is at it.
+        entry.standing = Standing::Returning(Instant::now() + NO_ROOM_PAUSE);
+        return Ok(());
+    }
+    if let Err(errno) = home {
         tracing::warn!(%errno, region = number, "no room at home for a region's pages; it is tried again");
         entry.reason = Some(format!("its pages have no room at home ({errno})"));
         entry.standing = Standing::Returning(Instant::now() + NO_ROOM_PAUSE);
@@ -330,7 +354,7 @@ fn bring_home(number: u32, entry: &mut Entry, session: Option<&mut Session>) -> 
     }
     entry.reason = None;
     match session {
-        Some(session) if session.link.number == entry.link => {
+        Some(session) if connected => {
             entry.standing = Standing::Leaving;
             session.leave(number)
         }

@@ -229,6 +229,7 @@ impl Desk {
         let mut room = BTreeMap::new();
         for (index, region, span) in unsettled {
             let alone = alone && *room.entry(number(region)).or_insert_with(|| objects.have_room(region));
+            let alone = alone && objects.is_leased(region);
             if let Some(Err(error)) = region.settle(*span, alone, forks) {
                 tracing::warn!(%error, "merged pages keep their memory");
             }

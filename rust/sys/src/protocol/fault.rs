@@ -4,6 +4,7 @@
 //! allocation, no locks, no waiting while a word is owned. Where there is no room the caller is told so, and comes back after
 //! it made some: a break never fails.
 
+use super::lend::take_lent;
 use super::merge::private_again;
 use super::{Access, Kind, Memory, Page, Span, Words};
 use crate::failpoint::{self, Failpoint};
@@ -43,6 +44,13 @@ pub fn write_fault<W: Words, M: Memory>(words: &W, memory: &M, page: Page, repea
             }
         }
         (State::Frozen, _) => take_back(words, memory, page, word),
+        (State::Homed, Kind::Shared) if word.is_lent() => {
+            match take_lent(words, memory, page, word, widen, core::convert::identity) {
+                Some(Ok(pages)) => Resolution::Broken(pages),
+                Some(Err(errno)) => Resolution::NoRoom(errno),
+                None => Resolution::Retry,
+            }
+        }
         (State::Freezing | State::Committing | State::Breaking | State::Homed | State::Leaving, _) => {
             Resolution::Wait(word)
         }
@@ -155,7 +163,7 @@ fn give_home<W: Words, M: Memory>(words: &W, memory: &M, span: Span, rest: impl 
 }
 
 /// The slots of a stretch that one mapping covers continue each other.
-fn continues(before: Word, after: Word) -> bool {
+pub(super) fn continues(before: Word, after: Word) -> bool {
     match (before.frame(), after.frame()) {
         (Some((store, slot)), Some((other, next))) => store == other && slot != Slot::ZERO && next == slot.plus(1),
         (None, None) => true,

@@ -417,7 +417,8 @@ fn stretches<K: PartialEq>(
 
 /// Frees the home pages under pages that a run just merged ([`Verdict::Merged`], no others), or, when another address space was
 /// found to map the object, takes them back to their home, which is still complete. Pages that a writer broke meanwhile are left alone. Returns how many pages
-/// were settled as asked; a home page that cannot be freed stays, merged but not saved.
+/// were settled as asked; a home page that cannot be freed stays, merged but not saved. `alone` is to be known after the pages
+/// merged: who comes later has them lent first.
 pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: bool) -> Result<u32, Errno> {
     // Taken back, the home is complete, and perhaps newer than the frame: somebody else may be writing to it.
     let passing = if alone { State::Committing } else { State::Homed };
@@ -478,6 +479,7 @@ pub(super) fn private_again(word: Word) -> Word {
         .with_origin(Origin::Private)
         .without_frame()
         .uncancelled()
+        .unlent()
 }
 
 /// Brings a Detached page of a shared region home. The page stays Detached, and writable, where there is no room for it.

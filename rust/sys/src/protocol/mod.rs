@@ -25,11 +25,13 @@
 //! 4. A panic while owning a word aborts.
 
 mod fault;
+mod lend;
 mod merge;
 mod observe;
 mod release;
 
 pub use fault::{Resolution, break_stretch, detach_stretch, write_fault};
+pub use lend::{is_being_lent, lend, reclaim};
 pub use merge::{Claims, MAX_RUN, MergeRun, Verdict, bring_home, merge_run, settle};
 pub use observe::{Evidence, copy_and_mark, mark_private, mark_written};
 pub use release::{claim_all, leave, reopen, unmerge};

@@ -4,6 +4,7 @@
 //! themselves; a stretch is claimed as far as it can be had at once, finished, and then the next begins.
 
 use super::fault::break_from;
+use super::lend::{is_being_lent, take_lent};
 use super::merge::private_again;
 use super::{Access, Kind, MAX_RUN, Memory, Page, Span, Words};
 use crate::failpoint::{self, Failpoint};
@@ -58,6 +59,10 @@ fn unmerge_from<W: Words, M: Memory>(words: &W, memory: &M, page: Page, room: u3
                 words.wait(page, word.cancelled());
             }
             Ok(0)
+        }
+        (State::Homed, Kind::Shared) if word.is_lent() => {
+            let held = |word: Word| word.with_state(State::Held);
+            take_lent(words, memory, page, word, room, held).unwrap_or(Ok(0))
         }
         (State::Freezing | State::Committing | State::Breaking | State::Homed | State::Leaving, _) => {
             words.wait(page, word);
@@ -114,7 +119,7 @@ fn is_plain(word: Word) -> bool {
 }
 
 /// Ends the protocol for the span: all of it is plain memory again (anonymous, or the object's), with its bytes, Held and
-/// over no slot. `before` is room for the words that a run was claimed from. On an error the pages before the failing stretch are plain, the others as they were.
+/// over no slot. `before` is room for the words that a run was claimed from. EAGAIN: the broker owns a page, shared regions only. On an error the pages before the failing stretch are plain, the others as they were.
 pub fn leave<W: Words, M: Memory>(
     words: &W,
     memory: &M,
@@ -151,6 +156,10 @@ fn leave_shared<W: Words, M: Memory>(words: &W, memory: &M, page: Page, room: u3
     if word.state() == State::Detached {
         super::bring_home(words, memory, page)?;
         return Ok(0);
+    }
+    if is_being_lent(word) {
+        // Whoever leaves may be the one to find out that the broker is gone.
+        return Err(Errno::AGAIN);
     }
     unmerge_from(words, memory, page, room)
 }
@@ -215,7 +224,7 @@ pub fn claim_all<W: Words>(words: &W, span: Span) {
     for page in span.iter() {
         loop {
             let word = words.load(page);
-            if word.state().is_transient() {
+            if word.is_owned() {
                 words.wait(page, word);
             } else if words.cas(page, word, word.with_state(State::Leaving)) {
                 break;

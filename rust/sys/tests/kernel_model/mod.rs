@@ -37,6 +37,8 @@ struct Kernel {
     frames: Vec<Bytes>,
     /// Whatever would split a mapping fails: the mapping limit is reached.
     at_limit: bool,
+    /// Whether nobody has opened the object.
+    leased: bool,
 }
 
 /// The broker, as far as one page and one frame go: it acts on one message at a time.
@@ -64,6 +66,7 @@ impl World {
                 own: vec![Some(CONTENT); pages],
                 frames: vec![CONTENT; pages],
                 at_limit,
+                leased: true,
             }),
             broker: Mutex::new(Broker::default()),
             words: (0..pages).map(|_| AtomicU64::new(0)).collect(),
@@ -148,6 +151,43 @@ impl World {
         let verdicts = self.merge(1, Slot(0));
         if self.kind() == Kind::Shared {
             self.settle(&verdicts, true);
+        }
+    }
+
+    /// What the broker does while the client seems to stand still; afterwards somebody else uses the object.
+    fn lend_and_use(&self, value: u8) {
+        let whole = Span {
+            first: Page(0),
+            pages: self.pages(),
+        };
+        let complete = |span: Span, word: Word| -> Result<(), Errno> {
+            let mut kernel = self.kernel.lock().unwrap();
+            for (i, page) in span.iter().enumerate() {
+                let bytes = word
+                    .frame()
+                    .map_or([0, 0], |(_, slot)| kernel.frames[slot.0 as usize + i]);
+                kernel.own[page.0 as usize].get_or_insert(bytes);
+            }
+            Ok(())
+        };
+        while lend(self, whole, |_| true, complete) != Ok(true) {
+            loom::thread::yield_now();
+        }
+        for home in &mut self.kernel.lock().unwrap().own {
+            home.as_mut().expect("the object has all its pages")[1] = value;
+        }
+    }
+
+    /// What the remapper does when it hears of that.
+    fn take_home(&self) {
+        let mut before = Box::new([Word::PRIVATE; MAX_RUN]);
+        let whole = Span {
+            first: Page(0),
+            pages: self.pages(),
+        };
+        while let Err(errno) = leave(self, self, whole, &mut before) {
+            assert_eq!(errno, Errno::AGAIN);
+            loom::thread::yield_now();
         }
     }
 
@@ -526,6 +566,52 @@ pub fn homecoming() {
     bring_home(&*world, &*world, Page(0)).unwrap();
     writer.join().unwrap();
     assert_eq!([world.read(0, 0), world.read(0, 1)], [1, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// Pages are lent and used by somebody else while the client, which was taken for stopped, writes.
+pub fn lent_under_a_writer(pages: u32) {
+    let world = World::new(Kind::Shared, pages as usize, false);
+    let verdicts = world.merge(pages, Slot(0));
+    world.settle(&verdicts, true);
+    let broker = spawn(&world, |world| world.lend_and_use(8));
+    world.write(0, 0, 1);
+    broker.join().unwrap();
+    world.write(pages - 1, 0, 2);
+    world.take_home();
+    assert_eq!(
+        [world.read(0, 0), world.read(0, 1)],
+        [if pages == 1 { 2 } else { 1 }, 8]
+    );
+    assert_eq!([world.read(pages - 1, 0), world.read(pages - 1, 1)], [2, 8]);
+    world.check_at_rest();
+}
+
+/// Pages are lent while they go home.
+pub fn lent_while_they_leave() {
+    let world = World::new(Kind::Shared, 1, false);
+    let verdicts = world.merge(1, Slot(0));
+    world.settle(&verdicts, true);
+    let broker = spawn(&world, |world| world.lend_and_use(8));
+    world.take_home();
+    broker.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [CONTENT[0], 8]);
+    world.check_at_rest();
+}
+
+/// Somebody opens the object in the midst of a merge, and the client is taken for stopped.
+pub fn lent_in_a_merge() {
+    let world = World::new(Kind::Shared, 1, false);
+    let broker = spawn(&world, |world| {
+        world.kernel.lock().unwrap().leased = false;
+        world.lend_and_use(8);
+    });
+    let verdicts = world.merge(1, Slot(0));
+    let leased = world.kernel.lock().unwrap().leased;
+    world.settle(&verdicts, leased);
+    broker.join().unwrap();
+    world.take_home();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [CONTENT[0], 8]);
     world.check_at_rest();
 }
 
