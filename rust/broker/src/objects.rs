@@ -33,6 +33,18 @@ struct Place {
     offset: u64,
 }
 
+impl Place {
+    fn offset_of(&self, page: u32) -> u64 {
+        self.offset + u64::from(page) * PAGE_SIZE as u64
+    }
+
+    /// How many of its pages the object has: what was cut off by its owner is not to come back.
+    fn pages_there(&self, description: &Description) -> Result<u32, SysError> {
+        let there = description.size()?.saturating_sub(self.offset) / PAGE_SIZE as u64;
+        Ok(self.pages.min(u32::try_from(there).unwrap_or(u32::MAX)))
+    }
+}
+
 /// An object, held for one client.
 struct Held {
     description: Description,
@@ -183,8 +195,8 @@ impl Objects {
             for place in held.regions.values() {
                 whole &= table.lend(place.first_word, place.pages, known, |page, pages, word| {
                     let Some((_, slot)) = word.frame() else { return Ok(()) };
-                    let offset = place.offset + u64::from(page) * PAGE_SIZE as u64;
-                    store.fill_holes(&held.description, offset, slot, pages)?;
+                    let pages = pages.min(place.pages_there(&held.description)?.saturating_sub(page));
+                    store.fill_holes(&held.description, place.offset_of(page), slot, pages)?;
                     Ok(())
                 })?;
             }
@@ -283,9 +295,7 @@ fn write_back(
 ) -> Result<u32, SysError> {
     let slots = store.slots();
     let of = |page: u32| missing(word(place.first_word + page)?, number, slots);
-    // What was cut off by its owner is not to come back.
-    let there = description.size()?.saturating_sub(place.offset) / PAGE_SIZE as u64;
-    let pages = place.pages.min(u32::try_from(there).unwrap_or(u32::MAX));
+    let pages = place.pages_there(description)?;
     let mut written = 0;
     let mut page = 0;
     while page < pages {
@@ -297,7 +307,7 @@ fn write_back(
         while run < PAGES_AT_ONCE && page + run < pages && of(page + run) == Some(first.plus(run)) {
             run += 1;
         }
-        let offset = place.offset + u64::from(page) * PAGE_SIZE as u64;
+        let offset = place.offset_of(page);
         written += match first {
             Missing::Perhaps(slot) => store.fill_holes(description, offset, slot, run)?,
             Missing::Partly(slot) => store.copy_to(description, offset, slot, run)?,
