@@ -175,6 +175,13 @@ impl Frames {
         extent.expect("a slot in use has an extent").frame(slot)
     }
 
+    /// The record of a slot that somebody else named, if there is one.
+    pub(crate) fn find(&self, slot: Slot) -> Option<&Frame> {
+        let extent = self.extents.get(slot.extent() as usize)?.as_ref()?;
+        let position = (slot.0 % WINDOW) as usize;
+        Some(&extent.parts[position / PART].as_ref()?[position % PART])
+    }
+
     pub(crate) fn get_mut(&mut self, slot: Slot) -> &mut Frame {
         let extent = self.extents[slot.extent() as usize].as_mut();
         extent.expect("a slot in use has an extent").frame_mut(slot)

@@ -7,10 +7,11 @@
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `frame`, `rmap` and `limbo`
 //! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `plan` and
 //! `pace` decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
-//! next), `answer.rs` (what happened) and `member.rs` (who comes and goes).
+//! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
 mod answer;
+mod born;
 mod checksum;
 mod client;
 mod decide;
@@ -32,6 +33,7 @@ mod tunables;
 mod unstable;
 
 pub use answer::{Fill, Observation, RunFailure, RunOutcome, Seen};
+pub use born::Birth;
 pub use checksum::Checksum;
 pub use decide::Next;
 pub use frame::Slot;

@@ -240,3 +240,35 @@ fn a_full_store_merges_what_fits() {
     world.check_counts();
     world.check_reads();
 }
+
+#[test]
+fn born_children_are_clients_of_their_own() {
+    let (mut world, ids) = clients(2, WINDOW, |_, i| 10 + i);
+    world.merge();
+    let frames = world.frames_in_store();
+    for _ in 0..3 {
+        world.fork(ids[0]);
+        world.bear(ids[0], 0, 10);
+    }
+    // One page of each child was written before it registered, back to what it was.
+    assert_eq!(
+        world.core.stats().pages_shared + world.core.stats().pages_sharing,
+        u64::from(5 * WINDOW)
+    );
+    world.merge();
+    world.check_counts();
+    world.check_merged();
+    assert_eq!(world.frames_in_store(), frames);
+    // Whoever is left keeps the frames, and nobody else does.
+    for &id in &ids {
+        world.turn(id);
+        world.die(id);
+        world.seal(id);
+    }
+    world.settle();
+    world.check_reads();
+    assert_eq!((world.core.stats().clients, world.frames_in_store()), (3, frames));
+    world.everybody_dies();
+    world.settle();
+    assert_eq!((world.frames_in_store(), world.core.slots_taken()), (0, 0));
+}

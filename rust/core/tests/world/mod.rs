@@ -5,6 +5,7 @@
 //! what pages must show. Nothing here knows how core works.
 #![allow(dead_code, reason = "each test uses its part")]
 
+mod born;
 mod orders;
 
 use ksmrs_core::{
@@ -89,11 +90,17 @@ struct Process {
     areas: BTreeMap<RegionId, Area>,
     open: Vec<Open>,
     epoch: u32,
-    /// What forked children still show, and the epoch of their fork.
-    children: Vec<(u32, BTreeMap<u32, Page>)>,
+    children: Vec<Child>,
     stopped: bool,
     dead: bool,
     lies: bool,
+}
+
+/// What a forked child still shows, and the epoch of its fork.
+struct Child {
+    epoch: u32,
+    pages: BTreeMap<u32, Page>,
+    areas: Vec<PageRange>,
 }
 
 /// Core, the store and all processes.
@@ -263,8 +270,17 @@ impl World {
     pub fn fork(&mut self, id: ClientId) {
         let process = self.process(id);
         if !process.dead && !process.stopped && process.children.len() < 4 {
-            let pages = process.pages.clone();
-            process.children.push((process.epoch, pages));
+            let child = Child {
+                epoch: process.epoch,
+                pages: process.pages.clone(),
+                areas: process
+                    .areas
+                    .values()
+                    .filter(|area| area.kind == Kind::Private)
+                    .map(|area| area.range)
+                    .collect(),
+            };
+            process.children.push(child);
         }
     }
 
@@ -286,7 +302,7 @@ impl World {
     /// The broker tries the seals.
     pub fn seal(&mut self, id: ClientId) {
         let process = self.process(id);
-        let oldest_child = process.children.iter().map(|(epoch, _)| *epoch).min();
+        let oldest_child = process.children.iter().map(|child| child.epoch).min();
         let mapped = if process.dead {
             oldest_child
         } else {
@@ -323,7 +339,7 @@ impl World {
             let pages = process
                 .pages
                 .iter()
-                .chain(process.children.iter().flat_map(|(_, pages)| pages));
+                .chain(process.children.iter().flat_map(|child| &child.pages));
             for (number, page) in pages {
                 let shows = page.own.is_none() && page.slot() == Some(slot);
                 assert!(
@@ -347,7 +363,7 @@ impl World {
     fn mapped_slots(&self) -> BTreeMap<Slot, (ClientId, u32)> {
         let mut mapped = BTreeMap::new();
         for (&id, process) in self.processes.iter().filter(|(_, process)| !process.lies) {
-            let children = process.children.iter().flat_map(|(_, pages)| pages);
+            let children = process.children.iter().flat_map(|child| &child.pages);
             for (&number, page) in process.pages.iter().chain(children) {
                 mapped.extend(page.slot().map(|slot| (slot, (id, number))));
             }
@@ -361,7 +377,7 @@ impl World {
             let pages = process
                 .pages
                 .iter()
-                .chain(process.children.iter().flat_map(|(_, pages)| pages));
+                .chain(process.children.iter().flat_map(|child| &child.pages));
             for (number, page) in pages {
                 let read = match (page.own, page.word) {
                     (Some(own), _) => Some(own),

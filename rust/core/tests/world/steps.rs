@@ -45,6 +45,11 @@ pub enum Step {
     EndChild {
         client: usize,
     },
+    Bear {
+        client: usize,
+        child: usize,
+        content: Content,
+    },
     Turn {
         client: usize,
     },
@@ -84,6 +89,7 @@ pub fn step() -> impl Strategy<Value = Step> {
         4 => Just(Step::Settle),
         3 => client().prop_map(|client| Step::Fork { client }),
         2 => client().prop_map(|client| Step::EndChild { client }),
+        2 => (client(), page(), 0..CONTENTS).prop_map(|(client, child, content)| Step::Bear { client, child, content }),
         5 => client().prop_map(|client| Step::Turn { client }),
         5 => client().prop_map(|client| Step::Seal { client }),
         3 => (client(), any::<bool>()).prop_map(|(client, stopped)| Step::Stop { client, stopped }),
@@ -128,6 +134,7 @@ pub fn apply(world: &mut World, step: &Step) {
         Step::Settle => world.settle(),
         Step::Fork { client } => with(world, client, &World::fork),
         Step::EndChild { client } => with(world, client, &World::end_child),
+        Step::Bear { client, child, content } => with(world, client, &|world, id| world.bear(id, child, content)),
         Step::Turn { client } => with(world, client, &World::turn),
         Step::Seal { client } => with(world, client, &World::seal),
         Step::Stop { client, stopped } => with(world, client, &|world, id| world.stop(id, stopped)),
