@@ -3,19 +3,19 @@
 //! `fork()` of the C library closes the gate, waits until nobody owns a word, and takes every shared region home; then parent and
 //! child see plain shared memory, and private memory exactly as the kernel copies it. A raw clone does none of that and is safe
 //! all the same: a page that the kernel wipes in every child (MADV_WIPEONFORK) tells the handler there that no word is its to
-//! touch, and the parent's life pages keep whatever the child may still show.
+//! touch, and the parent's life pages keep whatever the child may still show. What it takes to become a client is in `born.rs`.
 
 use crate::error::SysError;
 use crate::object::PAGE_SIZE;
 use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Words, write_fault};
 use crate::sigmask::Blocked;
 use crate::word::State;
-use crate::{futex, gate, registry, signal};
+use crate::{born, futex, gate, registry, signal};
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::cell::Cell;
 use std::ptr;
-use std::sync::{MutexGuard, Once};
+use std::sync::Once;
 
 /// A page that holds the era of the process that made it, and zero in every child of it.
 static MARKER: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
@@ -112,6 +112,8 @@ pub fn detached_by_fork() -> u64 {
 }
 
 extern "C" fn prepare() {
+    // What this process inherited and made nothing of; its own children cannot either.
+    born::forget();
     if is_unregistered() {
         return;
     }
@@ -125,16 +127,31 @@ extern "C" fn prepare() {
             take_home(area);
         }
     });
+    let snapshot = born::snapshot(&registry);
     HELD.set(Some(Held {
         _registry: registry,
         _blocked: blocked,
+        snapshot,
     }));
+}
+
+/// Does something while nobody owns a word, no region comes or goes, and nobody forks.
+pub(crate) fn while_still<T>(act: impl FnOnce(&registry::Writer) -> T) -> T {
+    let _blocked = Blocked::new();
+    // In the same order as `prepare`.
+    let registry = registry::lock();
+    gate::close();
+    let done = act(&registry);
+    gate::open();
+    done
 }
 
 /// What the forking thread holds from `prepare` on; fields drop in this order.
 struct Held {
-    _registry: MutexGuard<'static, ()>,
+    _registry: registry::Writer,
     _blocked: Blocked,
+    /// What the child may be born with; the parent unmaps it.
+    snapshot: Option<born::Snapshot>,
 }
 
 thread_local! {
@@ -170,7 +187,8 @@ extern "C" fn in_parent() {
 }
 
 extern "C" fn in_the_child() {
-    let Some(held) = HELD.take() else { return };
+    let Some(mut held) = HELD.take() else { return };
+    let snapshot = held.snapshot.take();
     drop(held);
     gate::reset();
     futex::forget_waiters();
@@ -181,4 +199,5 @@ extern "C" fn in_the_child() {
         let in_child = unsafe { core::mem::transmute::<*mut (), fn()>(in_child) };
         in_child();
     }
+    born::keep(snapshot);
 }

@@ -5,6 +5,7 @@
 
 mod aligned;
 mod ballast;
+pub mod born;
 mod bytes;
 mod careful;
 pub mod checksum;
@@ -17,6 +18,7 @@ pub mod fork;
 mod futex;
 mod gate;
 mod holds;
+mod in_use;
 pub mod lease;
 pub mod life;
 mod mapping;

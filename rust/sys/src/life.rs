@@ -4,31 +4,142 @@
 //! long as any address space has it mapped, forked children included, and grants it once none has. It relies on that alone;
 //! nobody ever touches the mapping, which has no memory behind it, and the broker never maps it.
 
+use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::SealFlags;
 use rustix::io::Errno;
 
 use crate::error::SysError;
+use crate::fork;
+use crate::gate::Pass;
 use crate::object::{self, Access, PAGE_SIZE, SharedMapping};
+use crate::word::StoreNumber;
 
 const WHAT: &str = "life page";
 
 /// A life page of this process, mapped until it is dropped. Forked children keep theirs.
 pub struct LifePage {
-    _mapping: SharedMapping,
+    mapping: Option<SharedMapping>,
+    entry: Option<&'static Entry>,
+}
+
+/// A mapped life page as a child finds it. Entries change only inside the gate, together with the mapping, so that a child inherits
+/// exactly the pages that are listed.
+struct Entry {
+    /// 0: free.
+    address: AtomicUsize,
+    /// The store whose frames it keeps, by the number in this process's words.
+    store: AtomicU32,
+    /// The life in which it is known; a child that is not born leaves its parent's pages alone for good.
+    era: AtomicU32,
+}
+
+/// Pages that one process keeps mapped and knows of: one or two per store that its words name.
+const MOST_LISTED: usize = 64;
+static LISTED: [Entry; MOST_LISTED] = [const {
+    Entry {
+        address: AtomicUsize::new(0),
+        store: AtomicU32::new(0),
+        era: AtomicU32::new(0),
+    }
+}; MOST_LISTED];
+
+/// The pages that a forked child inherited belong to its own life from now on.
+pub(crate) fn inherit(from: u32, to: u32) {
+    for entry in LISTED.iter().filter(|entry| entry.era.load(Ordering::Relaxed) == from) {
+        entry.era.store(to, Ordering::Relaxed);
+    }
+}
+
+/// What [`inherit`] made ours: to be called once in a life, before it has pages of its own.
+pub fn inherited() -> Vec<(StoreNumber, LifePage)> {
+    let era = fork::era().unwrap_or(0);
+    let ours = |entry: &&Entry| {
+        entry.address.load(Ordering::Relaxed) != 0 && entry.era.load(Ordering::Relaxed) == era && era != 0
+    };
+    LISTED.iter().filter(ours).map(Entry::page).collect()
+}
+
+/// Unmaps the pages of a parent in a child that shows nothing they keep, and has one thread.
+pub(crate) fn let_go(era: u32) {
+    let theirs =
+        |entry: &&Entry| entry.address.load(Ordering::Relaxed) != 0 && entry.era.load(Ordering::Relaxed) == era;
+    LISTED.iter().filter(theirs).for_each(|entry| drop(entry.page()));
+}
+
+impl Entry {
+    fn page(&'static self) -> (StoreNumber, LifePage) {
+        let address = core::ptr::with_exposed_provenance_mut(self.address.load(Ordering::Relaxed));
+        // SAFETY: listed while mapped; the page's owner was a thread of the parent, which does not exist in this process.
+        let mapping = unsafe { SharedMapping::of_range(address, PAGE_SIZE, Access::None) };
+        let page = LifePage {
+            mapping: Some(mapping),
+            entry: Some(self),
+        };
+        (StoreNumber(self.store.load(Ordering::Relaxed) as u8), page)
+    }
 }
 
 impl LifePage {
-    /// Makes a life page and maps it; the descriptor is for the broker.
+    /// Makes a life page and maps it; the descriptor is for whoever asks about it. Children keep it for good.
     ///
     /// # Errors
     /// The kernel's errno.
     pub fn new() -> Result<(LifePage, OwnedFd), SysError> {
+        LifePage::make(None)
+    }
+
+    /// The same, for the broker whose store has this number in our words: a child that is born can let it go.
+    ///
+    /// # Errors
+    /// The kernel's errno; ENOMEM where 64 are mapped already.
+    pub fn for_store(store: StoreNumber) -> Result<(LifePage, OwnedFd), SysError> {
+        // Only this thread takes entries: a client has one that turns life pages.
+        let free = LISTED.iter().find(|entry| entry.address.load(Ordering::Relaxed) == 0);
+        let entry = free.ok_or(SysError::Call {
+            call: "mmap",
+            what: WHAT,
+            errno: Errno::NOMEM,
+        })?;
+        LifePage::make(Some((entry, store)))
+    }
+
+    fn make(listed: Option<(&'static Entry, StoreNumber)>) -> Result<(LifePage, OwnedFd), SysError> {
         let fd = object::create("ksmrs-life", 0)?;
         object::seal(&fd, WHAT, SealFlags::SHRINK | SealFlags::GROW)?;
+        let _pass = listed.map(|_| Pass::enter());
         let mapping = SharedMapping::of(&fd, WHAT, PAGE_SIZE, Access::None)?;
-        Ok((LifePage { _mapping: mapping }, fd))
+        if let Some((entry, store)) = listed {
+            entry.store.store(store.0.into(), Ordering::Relaxed);
+            entry.era.store(fork::era().unwrap_or(0), Ordering::Relaxed);
+            entry
+                .address
+                .store(mapping.pointer().expose_provenance(), Ordering::Relaxed);
+        }
+        let page = LifePage {
+            mapping: Some(mapping),
+            entry: listed.map(|(entry, _)| entry),
+        };
+        Ok((page, fd))
+    }
+
+    /// Keeps the page mapped as long as this process lives, and in every child of it.
+    pub fn keep(self) {
+        if let Some(entry) = self.entry {
+            entry.era.store(0, Ordering::Relaxed);
+        }
+        core::mem::forget(self);
+    }
+}
+
+impl Drop for LifePage {
+    fn drop(&mut self) {
+        let _pass = self.entry.map(|_| Pass::enter());
+        drop(self.mapping.take());
+        if let Some(entry) = self.entry {
+            entry.address.store(0, Ordering::Relaxed);
+        }
     }
 }
 

@@ -295,6 +295,37 @@ impl SharedMapping {
         })
     }
 
+    /// Fresh zeroed memory of this process alone, without a promise that there is room for all of it.
+    pub(crate) fn anonymous(what: &'static str, length: usize) -> Result<Self, SysError> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: the kernel chooses the address, so no existing memory is touched.
+        let address = unsafe {
+            rustix::mm::mmap_anonymous(core::ptr::null_mut(), length, ProtFlags::READ | ProtFlags::WRITE, flags)
+        }
+        .map_err(SysError::call("mmap", what))?;
+        // SAFETY: just mapped and ours. A few words in a huge page would cost 2 MiB; a kernel that declines has none.
+        let _ = unsafe { rustix::mm::madvise(address, length, Advice::LinuxNoHugepage) };
+        // SAFETY: mapped above, readable and writable, owned by nobody else.
+        Ok(unsafe { SharedMapping::of_range(address.cast(), length, Access::ReadWrite) })
+    }
+
+    /// Owns a mapping that exists.
+    ///
+    /// # Safety
+    /// A non-null mapping of this length with this access, which nobody else unmaps as long as this lives, or whose owner never does.
+    pub(crate) unsafe fn of_range(address: *mut u8, length: usize, access: Access) -> Self {
+        SharedMapping {
+            // SAFETY: the caller's promise.
+            address: unsafe { NonNull::new_unchecked(address) },
+            length,
+            access,
+        }
+    }
+
+    pub(crate) fn length(&self) -> usize {
+        self.length
+    }
+
     pub(crate) fn pointer(&self) -> *mut u8 {
         self.address.as_ptr()
     }

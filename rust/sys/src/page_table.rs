@@ -26,7 +26,7 @@ use crate::protocol::{self, Page, Span, Words};
 use crate::word::Word;
 use crate::words::LentWords;
 
-const WHAT: &str = "page table";
+pub(crate) const WHAT: &str = "page table";
 /// "ksmrsPT1": layout and endianness in one word.
 const MAGIC: u64 = u64::from_be_bytes(*b"ksmrsPT1");
 const HEADER_WORDS: usize = 4;
@@ -46,10 +46,10 @@ const fn table_bytes(capacity: u32) -> usize {
 
 /// A client's own table, read and written by any of its threads and by its signal handler.
 pub struct ClientTable {
-    mapping: SharedMapping,
-    capacity: u32,
+    pub(crate) mapping: SharedMapping,
+    pub(crate) capacity: u32,
     /// Free slices: first word -> length; neighbours are always merged.
-    free: Mutex<BTreeMap<u32, u32>>,
+    pub(crate) free: Mutex<BTreeMap<u32, u32>>,
 }
 
 impl ClientTable {
@@ -86,6 +86,12 @@ impl ClientTable {
     /// Says which epoch the client is in: after the epoch's life page is mapped, before the last one's is unmapped.
     pub fn set_epoch(&self, epoch: u32) {
         self.mapping.words(0, HEADER_WORDS)[EPOCH_WORD].store(epoch.into(), Ordering::SeqCst);
+    }
+
+    /// Which of its words is the first of this slice, if it is one of this table.
+    pub(crate) fn index_of(&self, slice: &[AtomicU64]) -> Option<u32> {
+        let bytes = slice.as_ptr().addr().checked_sub(self.words().as_ptr().addr())?;
+        u32::try_from(bytes / 8).ok().filter(|first| *first < self.capacity)
     }
 
     /// All state words.

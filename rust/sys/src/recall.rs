@@ -8,14 +8,13 @@ use crate::region::Region;
 use crate::word::State;
 use core::sync::atomic::Ordering;
 use rustix::io::Errno;
-use std::sync::PoisonError;
 
 impl Region {
     /// From now on no page of it merges, and none is read. When this returns, nothing of that kind is under way.
     pub fn recall(&self) {
         self.recalled.store(true, Ordering::Release);
         if self.is_ours() {
-            drop(self.in_use.write().unwrap_or_else(PoisonError::into_inner));
+            drop(self.in_use.alone());
         }
     }
 

@@ -9,6 +9,7 @@ use crate::foreign::{Foreign, Object};
 use crate::fork;
 use crate::gate::Pass;
 use crate::holds::{Holds, insert_range, remove_range};
+use crate::in_use::InUse;
 use crate::mapping::{Mapping, View};
 use crate::object::PAGE_SIZE;
 use crate::page_table::ClientTable;
@@ -22,10 +23,10 @@ use crate::store::StoreFile;
 use crate::window::{Pane, Window};
 use crate::word::{Slot, State, Word};
 use crate::words::RegionWords;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
-use std::sync::{Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError};
 
 /// Changes with every unmerge on request.
 static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
@@ -42,14 +43,16 @@ pub struct Region {
     closed: AtomicBool,
     /// Whether its pages are at home and stay there for now: `recall.rs`.
     pub(crate) recalled: AtomicBool,
-    /// Keeps `close` from runs under way. A forked child never takes it: another thread of the parent may have held it.
-    pub(crate) in_use: RwLock<()>,
+    /// Keeps `close` from runs under way. A forked child takes it only once `born.rs` made it new: another thread of the parent may
+    /// have held it.
+    pub(crate) in_use: InUse,
     pub(crate) view: View,
     pub(crate) words: RegionWords,
     pub(crate) table: &'static ClientTable,
     pub(crate) first_word: u32,
-    era: u32,
-    holds: Mutex<Holds>,
+    /// The life that owns its words; a child that is born makes it its own.
+    pub(crate) era: AtomicU32,
+    pub(crate) holds: Mutex<Holds>,
 }
 
 impl Region {
@@ -112,12 +115,12 @@ impl Region {
             closed: AtomicBool::new(false),
             // An object that others may have merges once nobody else can see it.
             recalled: AtomicBool::new(lasts),
-            in_use: RwLock::new(()),
+            in_use: InUse::default(),
             view,
             words,
             table,
             first_word,
-            era,
+            era: AtomicU32::new(era),
             holds: Mutex::default(),
         })
     }
@@ -142,9 +145,9 @@ impl Region {
         self.first_word
     }
 
-    /// Whether this process registered it. A forked child has its parent's regions as ordinary memory.
+    /// Whether this process registered it, or was born with it. Any other forked child has its parent's regions as ordinary memory.
     pub fn is_ours(&self) -> bool {
-        fork::era() == Some(self.era)
+        fork::era() == Some(self.era.load(Ordering::Acquire))
     }
 
     /// The object behind it, if that may live on after the region, or be somebody else's too.
@@ -162,7 +165,7 @@ impl Region {
     /// Runs something on the memory unless the region is closed.
     pub(crate) fn open<T>(&self, run: impl FnOnce(&Mapping) -> T) -> Option<T> {
         let ours = self.is_ours();
-        let _in_use = ours.then(|| self.in_use.read().unwrap_or_else(PoisonError::into_inner));
+        let _in_use = ours.then(|| self.in_use.enter());
         (!self.closed.load(Ordering::Acquire)).then(|| run(&self.mapping))
     }
 
@@ -513,7 +516,7 @@ impl Region {
     /// the end of the program, which frees memory in its own order and tells nobody.
     pub fn retire(&self) {
         if self.is_ours() {
-            let _in_use = self.in_use.write().unwrap_or_else(PoisonError::into_inner);
+            let _in_use = self.in_use.alone();
             self.closed.store(true, Ordering::Release);
         }
     }
@@ -575,7 +578,7 @@ impl Region {
     /// Takes every page for good, lets the memory go (plain, or with frames in it, as it is), and forgets the region.
     fn end(&self, let_go: impl FnOnce(bool)) {
         let ours = self.is_ours();
-        let _in_use = ours.then(|| self.in_use.write().unwrap_or_else(PoisonError::into_inner));
+        let _in_use = ours.then(|| self.in_use.alone());
         if self.closed.swap(true, Ordering::AcqRel) {
             return;
         }

@@ -5,11 +5,12 @@
 //! everyone who may still see the old one is gone, and only then lets anything of a removed region be freed or lent again.
 
 use crate::mapping::View;
+use crate::region::Region;
 use crate::words::RegionWords;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicUsize, Ordering};
 use std::ops::Range;
 use std::ptr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// One region as the handler sees it.
 #[derive(Clone, Copy)]
@@ -26,8 +27,11 @@ static VERSION: AtomicU32 = AtomicU32::new(0);
 /// Readers by the parity of the writer's phase: a writer flips the phase and waits for the side it left to empty.
 static READERS: [AtomicUsize; 2] = [AtomicUsize::new(0), AtomicUsize::new(0)];
 static PHASE: AtomicUsize = AtomicUsize::new(0);
-/// Serialises writers; never taken by a handler.
-static WRITER: Mutex<()> = Mutex::new(());
+/// Serialises writers; never taken by a handler. Holds the regions themselves, for a child that is born with them.
+static WRITER: Mutex<Vec<Weak<Region>>> = Mutex::new(Vec::new());
+
+/// The right to publish, and the regions that were remembered.
+pub(crate) type Writer = MutexGuard<'static, Vec<Weak<Region>>>;
 
 /// A region found; nothing of it goes away while this lives.
 pub(crate) struct Found {
@@ -69,7 +73,7 @@ pub(crate) fn version() -> u32 {
 }
 
 /// Calls `each` for every region, while the caller's lock sees to it that none comes or goes.
-pub(crate) fn for_each(_writer: &MutexGuard<'static, ()>, mut each: impl FnMut(&Area)) {
+pub(crate) fn for_each(_writer: &Writer, mut each: impl FnMut(&Area)) {
     // SAFETY: writers are excluded, and only they free the array.
     if let Some(areas) = unsafe { AREAS.load(Ordering::SeqCst).as_ref() } {
         areas.iter().for_each(&mut each);
@@ -85,6 +89,24 @@ pub(crate) fn overlaps(range: &Range<usize>) -> bool {
         found |= range.start < other.base() + other.bytes() && other.base() < range.end;
     });
     found
+}
+
+/// Remembers a region that was added, for as long as somebody else holds it.
+pub(crate) fn remember(region: &Arc<Region>) {
+    let mut regions = lock();
+    if regions.len() == regions.capacity() {
+        regions.retain(|region| region.strong_count() > 0);
+    }
+    regions.push(Arc::downgrade(region));
+}
+
+/// Gives areas to another life: in a child that is born with them, by their first addresses.
+pub(crate) fn belong(era: u32, is_born: impl Fn(usize) -> bool) {
+    publish(|areas| {
+        for area in areas.iter_mut().filter(|area| is_born(area.view.base())) {
+            area.era = era;
+        }
+    });
 }
 
 /// Makes a region known.
@@ -117,7 +139,7 @@ pub(crate) fn reset_readers() {
 }
 
 /// The lock that a fork must hold, so that no child inherits it locked.
-pub(crate) fn lock() -> MutexGuard<'static, ()> {
+pub(crate) fn lock() -> Writer {
     WRITER.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

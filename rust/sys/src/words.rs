@@ -20,6 +20,10 @@ impl RegionWords {
         RegionWords { words }
     }
 
+    pub(crate) fn slice(&self) -> &'static [AtomicU64] {
+        self.words
+    }
+
     fn word(&self, page: Page) -> &AtomicU64 {
         &self.words[page.0 as usize]
     }
