@@ -6,9 +6,10 @@ broker, no thread, no NumPy; those come with the first region, array or knob tha
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
-from ksmrs import _launch
+from ksmrs import _ksmrs, _launch
 from ksmrs._advice import MADV_MERGEABLE, MADV_UNMERGEABLE, madvise, pinned
 from ksmrs._engine import MergeReport, ProcessStats, Stats, connect, disconnect, merge, process_stats, stats
 from ksmrs._errors import (
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from ksmrs._arrays import array, empty, full, zeros
 
 _launch.configure_default()
+# A child of os.fork(), multiprocessing's among them, goes on merging with what it inherited.
+os.register_at_fork(after_in_child=_ksmrs.born)
 
 __all__ = [
     "MADV_MERGEABLE",

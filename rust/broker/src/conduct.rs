@@ -22,7 +22,9 @@ use crate::domain::Domain;
 use crate::objects::Objects;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
-use crate::wire::{Answer, BrokerEnd, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient};
+use crate::wire::{
+    Answer, BORN, BrokerEnd, Lineage, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient,
+};
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -294,9 +296,11 @@ impl Conductor {
             domain,
             pid,
             stores,
+            born,
         } = message
         {
-            return self.hello(id, &release, domain, pid, &stores);
+            let born = born.and_then(|born| self.lineage(&domain, &born));
+            return self.hello(id, &release, domain, pid, &stores, born);
         }
         let status = if matches!(
             message,
@@ -355,7 +359,7 @@ impl Conductor {
                         first_word,
                         pages,
                         position,
-                        flags: _,
+                        flags,
                         object,
                     } => {
                         let slice = (first_word, pages);
@@ -367,11 +371,11 @@ impl Conductor {
                             None => Ok(()),
                         };
                         let joined = leased.and_then(|()| {
-                            let joined = domain.join(session, region, kind, slice, position);
+                            let joined = domain.join(session, region, kind, slice, position, flags & BORN != 0);
                             joined.inspect_err(|_| self.objects.leave(id, region))
                         });
                         match joined {
-                            Ok(()) => session.send(&ToClient::Joined { region }, None),
+                            Ok(uncounted) => session.send(&ToClient::Joined { region, uncounted }, None),
                             Err(reason) => {
                                 tracing::warn!(client = id, region, reason, "region refused");
                                 session.send(&ToClient::Refused { region, reason }, None)
@@ -400,7 +404,27 @@ impl Conductor {
         }
     }
 
-    fn hello(&mut self, id: u32, release: &str, name: String, pid: u32, stores: &[u8]) -> Result<(), Offence> {
+    /// What a forked child's words call this domain's store, if they name it: as its parent's do, whether that is still connected
+    /// or not. A parent that is gone has no child, for each keeps a life page of it until it is counted itself.
+    fn lineage(&self, name: &str, born: &Lineage) -> Option<StoreNumber> {
+        let number = StoreNumber(born.store);
+        let connected = |session: &Session| session.domain.as_deref() == Some(name) && session.store == number;
+        let departed =
+            |departed: &Departed| departed.id.0 == born.client && departed.domain == name && departed.store == number;
+        let known = self.sessions.get(&born.client).is_some_and(connected) || self.departed.iter().any(departed);
+        let same_store = self.domains.get(name).is_some_and(|domain| domain.key == born.key);
+        (known && same_store).then_some(number)
+    }
+
+    fn hello(
+        &mut self,
+        id: u32,
+        release: &str,
+        name: String,
+        pid: u32,
+        stores: &[u8],
+        born: Option<StoreNumber>,
+    ) -> Result<(), Offence> {
         let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
         };
@@ -411,7 +435,8 @@ impl Conductor {
                 name: name.chars().take(MAX_DOMAIN_NAME).collect(),
             });
         }
-        let Some(number) = STORE_NUMBERS.into_iter().find(|number| !stores.contains(number)) else {
+        let free = || STORE_NUMBERS.into_iter().find(|number| !stores.contains(number));
+        let Some(number) = born.map(|store| store.0).or_else(free) else {
             return Err(Offence::TooMany {
                 what: "stores in one client's words",
                 limit: STORE_NUMBERS.len() - 1,
@@ -438,6 +463,7 @@ impl Conductor {
             domain.core.set_budget(session.id, maximum / 3);
         }
         session.store = StoreNumber(number);
+        session.is_born = born.is_some();
         session.phase = Phase::Welcome;
         tracing::info!(
             client = id,
@@ -445,6 +471,7 @@ impl Conductor {
             says = pid,
             release,
             domain = name,
+            born = born.is_some(),
             "client joined"
         );
         session.domain = Some(name);

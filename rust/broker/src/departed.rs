@@ -27,7 +27,7 @@ pub(crate) struct Departed {
     pub(crate) pid: u32,
     lives: Lives,
     table: Option<TableView>,
-    store: StoreNumber,
+    pub(crate) store: StoreNumber,
     process: Option<Process>,
     /// When to look after its objects.
     next: Duration,

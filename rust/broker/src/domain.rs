@@ -78,7 +78,8 @@ impl Domain {
         })
     }
 
-    /// A region opts in; the reason if it cannot.
+    /// A region opts in; the reason if it cannot. Of one that was `born`, the words say where its pages are; returns how many of
+    /// them could not be counted there.
     pub(crate) fn join(
         &mut self,
         session: &mut Session,
@@ -86,8 +87,12 @@ impl Domain {
         kind: wire::Kind,
         (first_word, pages): (u32, u32),
         position: u16,
-    ) -> Result<(), String> {
+        born: bool,
+    ) -> Result<u32, String> {
         session.check_slice(region, first_word, pages)?;
+        if born {
+            return self.join_born(session, region, kind, (first_word, pages), position);
+        }
         let kind = match kind {
             wire::Kind::Private => ksmrs_core::Kind::Private,
             wire::Kind::Shared => ksmrs_core::Kind::Shared,
@@ -100,9 +105,13 @@ impl Domain {
             pages,
             first_page,
         };
+        self.seat(session, region, seat);
+        Ok(0)
+    }
+
+    pub(crate) fn seat(&mut self, session: &mut Session, region: u32, seat: Seat) {
         session.seat(region, seat);
-        self.regions.insert(first_page, seat);
-        Ok(())
+        self.regions.insert(seat.first_page, seat);
     }
 
     /// A region ends.

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod answers;
+mod born;
 pub mod client;
 mod conduct;
 mod departed;

@@ -68,6 +68,8 @@ pub(crate) struct Session {
     pub(crate) domain: Option<String>,
     /// What this client's words call the domain's store.
     pub(crate) store: StoreNumber,
+    /// A forked child, whose words may name frames of that store from the start.
+    pub(crate) is_born: bool,
     pub(crate) lives: Lives,
     pub(crate) table: Option<TableView>,
     pub(crate) staging: Option<StagingView>,
@@ -98,6 +100,7 @@ impl Session {
             phase: Phase::Silent,
             domain: None,
             store: StoreNumber(0),
+            is_born: false,
             lives: Lives::default(),
             table: None,
             staging: None,

@@ -230,6 +230,7 @@ fn messages_out_of_order() {
         domain: "../x".into(),
         pid: 0,
         stores: vec![],
+        born: None,
     };
     send(&connection, &elsewhere, None);
     dropped(&broker, &connection, "domain name");

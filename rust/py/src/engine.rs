@@ -125,6 +125,12 @@ pub fn set(py: Python<'_>, knob: &str, value: &str) -> PyResult<()> {
     py.detach(|| client::set(knob, value)).into_python(py)
 }
 
+/// In the child of a fork, before anything else of ksmrs: goes on with the private regions that the parent had. Never fails.
+#[pyfunction]
+pub fn born() {
+    client::born();
+}
+
 /// Puts our SIGSEGV handler in front again.
 #[pyfunction]
 pub fn reassert_handler() {

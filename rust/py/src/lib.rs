@@ -28,6 +28,8 @@ mod _ksmrs {
             let text = "ksmrs is loaded in this process already: it works in one interpreter, not in subinterpreters";
             return Err(PyImportError::new_err(text));
         }
+        // `ksmrs/__init__.py` sees to it that children of os.fork() call `born`.
+        ksmrs_broker::client::expect_births();
         #[cfg(feature = "mutants")]
         if let Ok(name) = std::env::var("KSMRS_MUTANT")
             && !(ksmrs_sys::mutant::choose(Some(&name)) | ksmrs_core::mutant::choose(&name))
@@ -45,7 +47,7 @@ mod _ksmrs {
     use super::buffer::{adopt, extent};
     #[pymodule_export]
     use super::engine::{
-        configure, connect, disconnect, get, is_connected, merge, not_merging, process_stats, reassert_handler,
+        born, configure, connect, disconnect, get, is_connected, merge, not_merging, process_stats, reassert_handler,
         run_broker, set, stats, status,
     };
     #[pymodule_export]

@@ -66,6 +66,22 @@ impl Mailbox {
         self.arrived.notify_one();
     }
 
+    /// Waits, until then at most, for an event that cannot wait.
+    pub(super) fn linger(&self, until: Instant) {
+        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        while queue
+            .iter()
+            .all(|event| matches!(event, Event::Leave(_) | Event::Configure(_)))
+        {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            let waited = self.arrived.wait_timeout(queue, left);
+            queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
     /// Takes the oldest event; `None` when none came until then.
     pub(super) fn take(&self, until: Option<Instant>) -> Option<Event> {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);

@@ -11,6 +11,7 @@
 //! here is needed for data to be right: without threads, broker or socket every region is ordinary memory, breaks included.
 //! No thread here ever runs Python.
 
+mod born;
 mod link;
 mod mailbox;
 mod mappings;
@@ -25,7 +26,7 @@ mod session;
 mod start;
 
 use crate::runtime_dir::RuntimeDirError;
-use crate::wire::{Answer, ErrorCode, Question, WireError};
+use crate::wire::{Answer, ErrorCode, Lineage, Question, WireError};
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::{fork, signal};
 use mailbox::{Event, Mailbox};
@@ -37,6 +38,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use crate::wire::{Counters, Kind, MergeReport, Status};
+pub use born::{born, expect_births};
 pub use ksmrs_sys::SysError;
 pub use ksmrs_sys::foreign::Foreign;
 pub use region::Region;
@@ -149,6 +151,17 @@ impl Error {
 struct Process {
     options: Mutex<ConnectOptions>,
     client: Mutex<Option<&'static Client>>,
+    /// What the remapper leaves for children.
+    bequest: Mutex<Bequest>,
+}
+
+/// How a process stands with its broker, for a child to go on from.
+#[derive(Clone, Default)]
+struct Bequest {
+    /// Whether there is anything to connect for.
+    wanted: bool,
+    /// The client that its words are known as.
+    lineage: Option<Lineage>,
 }
 
 /// This life's client: its page table, and the way to its threads. Never freed: a handler or a thread may always be at it.
@@ -171,9 +184,13 @@ fn process() -> &'static Process {
         let options = parent
             .and_then(|parent| parent.options.try_lock().ok())
             .map(|options| options.clone());
+        let bequest = parent
+            .and_then(|parent| parent.bequest.try_lock().ok())
+            .map(|bequest| bequest.clone());
         Process {
             options: Mutex::new(options.unwrap_or_default()),
             client: Mutex::new(None),
+            bequest: Mutex::new(bequest.unwrap_or_default()),
         }
     })
 }
@@ -208,7 +225,8 @@ fn client() -> Result<&'static Client, Error> {
     }
     let era = fork::begin_life(in_child)?;
     signal::install()?;
-    let (table, mailbox) = remapper::begin(lock(&process.options).clone())?;
+    let (table, mailbox) = remapper::begin(lock(&process.options).clone(), &process.bequest)?;
+    ksmrs_sys::born::use_table(table);
     let begun: &'static Client = Box::leak(Box::new(Client { table, mailbox, era }));
     *client = Some(begun);
     Ok(begun)

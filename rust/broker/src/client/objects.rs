@@ -196,7 +196,7 @@ impl Objects {
                         };
                         (object, description.as_fd())
                     });
-                    session.join(&entry.region, leased)?;
+                    session.join(&entry.region, 0, leased)?;
                 }
                 Err(reason) => entry.not_yet(reason, now),
             }

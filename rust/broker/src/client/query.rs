@@ -40,6 +40,7 @@ fn converse(end: &ClientEnd, domain: String, question: Question) -> Result<Answe
         domain,
         pid: std::process::id(),
         stores: Vec::new(),
+        born: None,
     };
     end.send(&hello, None, Wait::Yes)?;
     end.send(&ToBroker::Ask { id: 1, question }, None, Wait::Yes)?;

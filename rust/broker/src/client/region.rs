@@ -1,10 +1,10 @@
 //! Regions as the program holds them: `ksmrs-sys` does everything; here a region only gets known to the remapper, and is let go.
 
 use super::mailbox::Event;
-use super::{Client, Error, Kind, client};
-use ksmrs_sys::PAGE_SIZE;
+use super::{Client, Error, Kind, client, client_if_begun};
 use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::region::Region as Memory;
+use ksmrs_sys::{PAGE_SIZE, born};
 use std::ops::Range;
 use std::os::fd::{AsFd, RawFd};
 use std::sync::Arc;
@@ -13,7 +13,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 /// Memory that takes part in merging. Dropping it unmaps memory of our own, without a copy, and gives adopted memory back.
 pub struct Region {
     memory: Arc<Memory>,
-    client: &'static Client,
     nbytes: usize,
     /// Whether the remapper knows that it ended.
     told: AtomicBool,
@@ -32,7 +31,7 @@ impl Region {
             Kind::Private => ksmrs_sys::protocol::Kind::Private,
             Kind::Shared => ksmrs_sys::protocol::Kind::Shared,
         };
-        let memory = Arc::new(Memory::create(client.table, pages, memory_kind)?);
+        let memory = born::known(Memory::create(client.table, pages, memory_kind)?);
         Ok(Region::joined(memory, client, nbytes))
     }
 
@@ -55,7 +54,7 @@ impl Region {
     /// No room in the page table, or part of it is in a region already.
     pub fn adopt(foreign: Foreign) -> Result<Arc<Region>, Error> {
         let client = client()?;
-        let memory = Arc::new(Memory::adopt(client.table, foreign)?);
+        let memory = born::known(Memory::adopt(client.table, foreign)?);
         let nbytes = memory.pages() as usize * PAGE_SIZE;
         Ok(Region::joined(memory, client, nbytes))
     }
@@ -64,7 +63,6 @@ impl Region {
         client.mailbox.push(Event::Join(memory.clone()));
         Arc::new(Region {
             memory,
-            client,
             nbytes,
             told: AtomicBool::new(false),
         })
@@ -112,7 +110,10 @@ impl Region {
     /// Tells the remapper once that the region ended.
     fn ended(&self) {
         if self.memory.is_ours() && !self.told.swap(true, Ordering::AcqRel) {
-            self.client.mailbox.push(Event::Leave(self.memory.clone()));
+            // In a child that was born with it, the child's own.
+            if let Some(client) = client_if_begun() {
+                client.mailbox.push(Event::Leave(self.memory.clone()));
+            }
         }
     }
 

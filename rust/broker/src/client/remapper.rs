@@ -4,14 +4,17 @@
 //! map, unmap) and passes scans on to the scanner. It runs at the program's priority, because it holds pages for moments at a
 //! time; it waits for nothing while it holds one. If everything here fails, regions are ordinary memory.
 
+pub(super) mod born;
+
 use super::link::Link;
 use super::mailbox::{Event, Mailbox};
 use super::objects::{Objects, Standing};
 use super::orders::{self, Desk};
 use super::scanner::{self, Job};
 use super::session::{Session, Stage};
-use super::{ConnectOptions, Error, start};
-use crate::wire::{self, Answer, Failure, ScanCounts, ToBroker, ToClient};
+use super::{Bequest, ConnectOptions, Error, start};
+use crate::wire::{self, Answer, Failure, Lineage, ScanCounts, ToBroker, ToClient};
+use born::Birth;
 use ksmrs_sys::checksum::Checksummer;
 use ksmrs_sys::life::LifePage;
 use ksmrs_sys::page_table::ClientTable;
@@ -20,9 +23,9 @@ use ksmrs_sys::staging::Staging;
 use ksmrs_sys::store::StoreFile;
 use ksmrs_sys::{PAGE_SIZE, StoreNumber, SysError, descriptors, sigmask, signal};
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How often the signal handler is put in front again, and Detached pages are tried to be brought home, while there is reason to.
@@ -32,7 +35,10 @@ const UPKEEP: Duration = Duration::from_millis(50);
 const ANCHOR_WATCH: Duration = Duration::from_secs(5);
 
 /// Begins this process's client: starts the thread and returns what program threads need of it.
-pub(super) fn begin(options: ConnectOptions) -> Result<(&'static ClientTable, Arc<Mailbox>), Error> {
+pub(super) fn begin(
+    options: ConnectOptions,
+    bequest: &'static Mutex<Bequest>,
+) -> Result<(&'static ClientTable, Arc<Mailbox>), Error> {
     let mailbox = Arc::new(Mailbox::new());
     let (ready, begun) = channel();
     let theirs = mailbox.clone();
@@ -40,7 +46,7 @@ pub(super) fn begin(options: ConnectOptions) -> Result<(&'static ClientTable, Ar
         .name("ksmrs-remap".to_owned())
         .spawn(move || {
             sigmask::Blocked::for_good();
-            match Remapper::new(options, theirs) {
+            match Remapper::new(options, theirs, bequest) {
                 Ok(mut remapper) => {
                     let _ = ready.send(Ok(remapper.table));
                     remapper.run();
@@ -86,12 +92,29 @@ struct Remapper {
     anchors: Vec<(StoreNumber, LifePage)>,
     /// When they were last looked through.
     weighed: Option<Instant>,
+    birth: Birth,
+    /// Who children are born of now, and where they find that and whether a broker is wanted.
+    lineage: Option<Lineage>,
+    bequest: &'static Mutex<Bequest>,
 }
 
 impl Remapper {
-    fn new(options: ConnectOptions, mailbox: Arc<Mailbox>) -> Result<Remapper, Error> {
+    fn new(
+        options: ConnectOptions,
+        mailbox: Arc<Mailbox>,
+        bequest: &'static Mutex<Bequest>,
+    ) -> Result<Remapper, Error> {
         descriptors::unshare_table()?;
         let (table, table_fd) = ClientTable::create(table_capacity())?;
+        Remapper::with(options, mailbox, bequest, (Box::leak(Box::new(table)), table_fd))
+    }
+
+    fn with(
+        options: ConnectOptions,
+        mailbox: Arc<Mailbox>,
+        bequest: &'static Mutex<Bequest>,
+        (table, table_fd): (&'static ClientTable, OwnedFd),
+    ) -> Result<Remapper, Error> {
         let (staging, staging_fd) = Staging::create()?;
         let current = Arc::new(AtomicU32::new(0));
         let scanner = scanner::start(mailbox.clone(), Arc::new(staging), current.clone())
@@ -99,7 +122,7 @@ impl Remapper {
         Ok(Remapper {
             options,
             mailbox,
-            table: Box::leak(Box::new(table)),
+            table,
             table_fd,
             staging_fd,
             scanner,
@@ -114,6 +137,9 @@ impl Remapper {
             unasked: Vec::new(),
             anchors: Vec::new(),
             weighed: None,
+            birth: Birth::default(),
+            lineage: None,
+            bequest,
         })
     }
 
@@ -145,6 +171,10 @@ impl Remapper {
             }
             self.tend_objects();
             self.weigh_anchors();
+            *super::lock(self.bequest) = Bequest {
+                wanted: self.wanted,
+                lineage: self.lineage.clone(),
+            };
             let turned = self.ready().map_or(Ok(()), Session::turn_if_due);
             self.check(turned);
         }
@@ -182,7 +212,7 @@ impl Remapper {
             }
             Event::Join(region) => {
                 self.desk.add(region.clone());
-                let joined = self.ready().map(|session| session.join(&region, None));
+                let joined = self.ready().map(|session| session.join(&region, 0, None));
                 match joined {
                     Some(sent) => self.check(sent),
                     None => self.want(),
@@ -282,6 +312,7 @@ impl Remapper {
                 .into_iter()
                 .map(|store| store.0)
                 .collect(),
+            born: self.birth.of.clone(),
         };
         let opened = Link::open(&self.options, number, &self.mailbox).and_then(|link| {
             link.send(&hello, None)?;
@@ -331,6 +362,8 @@ impl Remapper {
         let Some(session) = self.session.take() else { return };
         self.mailbox.set_connected(false);
         self.current.fetch_add(1, Ordering::AcqRel);
+        self.lineage = self.birth.of.clone();
+        self.birth.lost();
         if let (Some((number, _)), Some(life)) = (&session.store, session.life) {
             self.anchors.push((*number, life));
         }
@@ -417,14 +450,19 @@ impl Remapper {
     fn message(&mut self, message: ToClient, fd: Option<OwnedFd>) -> Result<(), Error> {
         match message {
             ToClient::Welcome {
-                client: _,
+                client,
                 key,
                 store,
                 slots,
-            } => self.welcome(&key, StoreNumber(store), slots, fd),
+            } => {
+                self.welcome(&key, StoreNumber(store), slots, fd)?;
+                self.lineage = Some(Lineage { client, store, key });
+                Ok(())
+            }
             ToClient::Ready => self.begin_work(),
-            ToClient::Joined { region } => {
+            ToClient::Joined { region, uncounted } => {
                 self.objects.joined(region);
+                self.counted(region, Some(uncounted));
                 Ok(())
             }
             ToClient::Refused { region, reason } => {
@@ -434,6 +472,7 @@ impl Remapper {
                 {
                     session.refused.insert(region);
                 }
+                self.counted(region, None);
                 Ok(())
             }
             ToClient::Recall { region } => {
@@ -500,7 +539,8 @@ impl Remapper {
             what: "Welcome",
             reason,
         };
-        let taken = store.0 == 0 || self.desk.stores_in_use(&self.objects).contains(&store);
+        let is_parents = self.birth.welcomed(store, key);
+        let taken = store.0 == 0 || !is_parents && self.desk.stores_in_use(&self.objects).contains(&store);
         let Some(session) = self
             .session
             .as_mut()
@@ -533,7 +573,7 @@ impl Remapper {
         };
         session.stage = Stage::Ready;
         for region in &regions {
-            session.join(region, None)?;
+            session.join(region, self.birth.flags(region), None)?;
         }
         self.objects.rejoined(session.link.number);
         self.objects.hurry();
@@ -546,6 +586,7 @@ impl Remapper {
         }
         self.failures = 0;
         self.mailbox.set_connected(true);
+        self.let_parent_go();
         Ok(())
     }
 

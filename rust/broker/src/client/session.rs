@@ -73,6 +73,7 @@ impl Session {
     pub(super) fn join(
         &self,
         region: &Arc<Region>,
+        flags: u32,
         object: Option<(wire::Object, BorrowedFd<'_>)>,
     ) -> Result<(), Error> {
         let position = (region.address() / PAGE_SIZE % ksmrs_sys::EXTENT_PAGES as usize) as u16;
@@ -82,7 +83,7 @@ impl Session {
             first_word: region.first_word(),
             pages: region.pages(),
             position,
-            flags: 0,
+            flags,
             object: object.map(|(object, _)| object),
         };
         self.link.send(&join, object.map(|(_, fd)| fd))
@@ -122,7 +123,8 @@ impl Session {
     }
 
     fn begin_epoch(&mut self) -> Result<(), Error> {
-        let (life, fd) = match LifePage::new() {
+        let store = self.store.as_ref().map_or(StoreNumber(0), |(number, _)| *number);
+        let (life, fd) = match LifePage::for_store(store) {
             Ok(fresh) => fresh,
             Err(error) if self.life.is_none() => return Err(error.into()),
             Err(error) => {

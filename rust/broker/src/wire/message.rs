@@ -159,6 +159,20 @@ pub enum Why {
     Store,
 }
 
+/// In the flags of a Join: the words of the region name frames already, for it came by a fork.
+pub const BORN: u32 = 1;
+
+/// Which client a forked child was born of, and what its words call that client's store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lineage {
+    /// The broker's number for it.
+    pub client: u32,
+    /// The store's number in its words, and in the child's.
+    pub store: u8,
+    /// The key that came with it: no other domain of any broker has the same.
+    pub key: [u8; 16],
+}
+
 /// What a client may ask at any time after Welcome.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Question {
@@ -268,6 +282,8 @@ pub enum ToBroker {
         pid: u32,
         /// Numbers of stores that words of its table still name.
         stores: Vec<u8>,
+        /// A forked child: which client it was born of. Where that is believed, Welcome answers with the same store number.
+        born: Option<Lineage>,
     },
     /// With the life page of an epoch, each one higher than the last; the first before the table.
     Life {
@@ -293,7 +309,7 @@ pub enum ToBroker {
         pages: u32,
         /// The place of its first page modulo 512.
         position: u16,
-        /// Reserved; 0.
+        /// [`BORN`] or 0.
         flags: u32,
         /// What it is made of, if others can open that.
         object: Option<Object>,
@@ -374,6 +390,8 @@ pub enum ToClient {
     Joined {
         /// The client's number for it.
         region: u32,
+        /// Pages of a [`BORN`] region that name a frame of this store and could not be counted.
+        uncounted: u32,
     },
     /// The region does not.
     Refused {

@@ -133,6 +133,7 @@ pub fn hello(stores: Vec<u8>) -> ToBroker {
         domain: "default".into(),
         pid: std::process::id(),
         stores,
+        born: None,
     }
 }
 
@@ -213,7 +214,7 @@ impl FakeClient {
             object: None,
         });
         let answer = self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. }));
-        assert_eq!(answer, ToClient::Joined { region });
+        assert_eq!(answer, ToClient::Joined { region, uncounted: 0 });
         (region, first_word)
     }
 
