@@ -277,6 +277,7 @@ impl Conductor {
             Some(offence) => {
                 tracing::warn!(client = id, pid, %offence, "client dropped");
                 session.dismiss(&offence.to_string());
+                session.take_last_lives(&mut self.buffer, self.started.elapsed());
             }
             None => tracing::info!(client = id, pid, "client closed its socket"),
         }

@@ -33,15 +33,17 @@ impl Lives {
             return Err(Offence::Epoch { epoch, current });
         }
         life::vet(&fd)?;
-        if self.pages.len() >= MAX_PAGES {
+        let too_many = self.pages.len() >= MAX_PAGES;
+        // One too many is kept all the same: it may be the only one that the client itself has mapped.
+        self.pages.push_back((epoch, fd));
+        self.latest = Some(epoch);
+        self.hurry(now);
+        if too_many {
             return Err(Offence::TooMany {
                 what: "life pages in use",
                 limit: MAX_PAGES,
             });
         }
-        self.pages.push_back((epoch, fd));
-        self.latest = Some(epoch);
-        self.hurry(now);
         Ok(())
     }
 

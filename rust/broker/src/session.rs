@@ -17,7 +17,7 @@ use ksmrs_sys::staging::StagingView;
 use crate::lives::Lives;
 use crate::offence::Offence;
 use crate::process::Process;
-use crate::wire::{self, BrokerEnd, ToClient, WireError};
+use crate::wire::{self, BrokerEnd, ReceiveBuffer, ToBroker, ToClient, WireError};
 
 /// Datagrams that may wait for a client; each is at most 64 KiB, most are a few bytes.
 const MAX_WAITING: usize = 256;
@@ -138,6 +138,20 @@ impl Session {
     pub(crate) fn take_life(&mut self, epoch: u32, fd: OwnedFd, now: Duration) -> Result<(), Offence> {
         self.expect_from("Life", Phase::Welcome)?;
         self.lives.turn(epoch, fd, now)
+    }
+
+    /// Takes the life pages that were on their way when the connection was shut down: a client lets an old page go once the new one
+    /// is sent, so without them it would look dead. What it tries to send from now on fails, and its page stays.
+    pub(crate) fn take_last_lives(&mut self, buffer: &mut ReceiveBuffer, now: Duration) {
+        loop {
+            match self.connection.receive(buffer, Wait::No) {
+                // One that breaks the rules here, too, hurts only itself.
+                Ok((ToBroker::Life { epoch }, Some(fd))) => drop(self.take_life(epoch, fd, now)),
+                Ok(_) => {}
+                Err(error) if error.is_would_block() || error.is_closed() => return,
+                Err(_) => {}
+            }
+        }
     }
 
     pub(crate) fn take_table(&mut self, pages: u32, fd: &OwnedFd) -> Result<(), Offence> {

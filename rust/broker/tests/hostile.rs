@@ -452,3 +452,42 @@ fn a_client_that_does_not_read_is_dropped() {
     broker.logged("messages waiting to be read");
     unaffected(&mut bystander);
 }
+
+/// A client that is too slow to read is dropped with life pages on their way, of which the last is the only one that it maps.
+#[test]
+fn a_dropped_client_is_not_dead() {
+    let broker = Broker::start("dropped");
+    let mut bystander = FakeClient::new(&broker);
+    let mut deaf = FakeClient::new(&broker);
+    deaf.join([5, 5]);
+    assert_eq!(deaf.merge().pages_merged, 2);
+    let question = encode(&ToBroker::Ask {
+        id: 0,
+        question: Question::Stats,
+    })
+    .unwrap();
+    let mut turns = 1;
+    'connected: loop {
+        for _ in 0..20 {
+            if deaf.connection.send_encoded(&question, None, Wait::Yes).is_err() {
+                break 'connected;
+            }
+        }
+        let (life, fd) = LifePage::new().unwrap();
+        turns += 1;
+        let message = ToBroker::Life { epoch: turns };
+        if deaf.connection.send(&message, Some(fd.as_fd()), Wait::Yes).is_err() {
+            break;
+        }
+        // The old one is let go, as a client does.
+        deaf.life = Some(life);
+    }
+    broker.logged("messages waiting to be read");
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < std::time::Duration::from_millis(500) {
+        assert_eq!(bystander.counter("frames"), 1, "a live client shows it");
+    }
+    deaf.verify();
+    drop(deaf);
+    bystander.until("frames", 0);
+}

@@ -137,6 +137,16 @@ pub fn hello(stores: Vec<u8>) -> ToBroker {
     }
 }
 
+pub fn hello_of_a_child(parent: Lineage) -> ToBroker {
+    ToBroker::Hello {
+        release: "test".into(),
+        domain: "default".into(),
+        pid: std::process::id(),
+        stores: vec![parent.store],
+        born: Some(parent),
+    }
+}
+
 /// A client that plays by the rules.
 pub struct FakeClient {
     pub connection: ClientEnd,
@@ -144,6 +154,8 @@ pub struct FakeClient {
     pub staging: Staging,
     pub life: Option<LifePage>,
     pub epoch: u32,
+    /// What its children say.
+    pub lineage: Lineage,
     pub store: StoreFile,
     pub number: StoreNumber,
     pub checksummer: Checksummer,
@@ -159,8 +171,31 @@ impl FakeClient {
     }
 
     pub fn over(connection: ClientEnd) -> FakeClient {
-        connection.send(&hello(vec![]), None, Wait::Yes).unwrap();
-        let (ToClient::Welcome { key, store, slots, .. }, Some(fd)) = receive(&connection).unwrap() else {
+        FakeClient::greeting(connection, &hello(vec![]))
+    }
+
+    /// A forked child of `parent`: its pages and words are the parent's as they are now. It has joined nothing yet.
+    pub fn born(broker: &Broker, parent: &FakeClient) -> FakeClient {
+        let mut child = FakeClient::greeting(broker.connect(), &hello_of_a_child(parent.lineage.clone()));
+        child.pages.clone_from(&parent.pages);
+        for index in 0..CAPACITY {
+            child.store_word(index, parent.word(index));
+        }
+        child
+    }
+
+    pub fn greeting(connection: ClientEnd, hello: &ToBroker) -> FakeClient {
+        connection.send(hello, None, Wait::Yes).unwrap();
+        let (
+            ToClient::Welcome {
+                client,
+                key,
+                store,
+                slots,
+            },
+            Some(fd),
+        ) = receive(&connection).unwrap()
+        else {
             panic!("no Welcome")
         };
         let (life, life_fd) = LifePage::new().unwrap();
@@ -182,6 +217,7 @@ impl FakeClient {
             staging,
             life: Some(life),
             epoch: 1,
+            lineage: Lineage { client, store, key },
             store: StoreFile::vet(fd, slots).unwrap(),
             number: StoreNumber(store),
             checksummer: Checksummer::new(&key),
@@ -216,6 +252,27 @@ impl FakeClient {
         let answer = self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. }));
         assert_eq!(answer, ToClient::Joined { region, uncounted: 0 });
         (region, first_word)
+    }
+
+    /// Joins words that name frames already; how many pages were not counted, or why it was refused.
+    pub fn join_born(&mut self, first_word: u32, pages: u32) -> Result<u32, String> {
+        let region = self.next_region;
+        self.next_region += 1;
+        let position = (first_word % 512) as u16;
+        self.send(ToBroker::Join {
+            region,
+            kind: Kind::Private,
+            first_word,
+            pages,
+            position,
+            flags: BORN,
+            object: None,
+        });
+        match self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. })) {
+            ToClient::Joined { uncounted, .. } => Ok(uncounted),
+            ToClient::Refused { reason, .. } => Err(reason),
+            _ => unreachable!("the filter lets nothing else through"),
+        }
     }
 
     pub fn leave(&mut self, (region, first_word): (u32, u32), pages: u32) {
