@@ -10,6 +10,7 @@ use crate::Core;
 use crate::answer::Seen;
 use crate::frame::{Life, Slot};
 use crate::member::CoreError;
+use crate::mutant::{self, Mutant};
 use crate::page::{PageNumber, PageRange, Place};
 use crate::region::{ClientId, Kind, RegionId};
 use crate::rmap::Rmap;
@@ -46,6 +47,9 @@ impl Core {
                 Seen::Zero => Place::Zero,
                 Seen::Own | Seen::Unbacked | Seen::Held(None) | Seen::Busy | Seen::Foreign => continue,
             };
+            if mutant::active(Mutant::BornUncounted) {
+                continue;
+            }
             if self.rmap.takes(place) {
                 self.move_page(page, place, range, client, None);
             } else {

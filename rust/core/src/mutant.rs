@@ -12,14 +12,17 @@ pub enum Mutant {
     ProposalFreedOnTimeout = 2,
     /// The seal of any epoch releases what was given up in every epoch.
     NoEpoch = 3,
+    /// What a forked child shows is said to be counted in its own name, and is not.
+    BornUncounted = 4,
 }
 
 impl Mutant {
     /// All of them, by the name that chooses them.
-    pub const ALL: [(&'static str, Mutant); 3] = [
+    pub const ALL: [(&'static str, Mutant); 4] = [
         ("frame-freed-early", Mutant::FrameFreedEarly),
         ("proposal-freed-on-timeout", Mutant::ProposalFreedOnTimeout),
         ("no-epoch", Mutant::NoEpoch),
+        ("born-uncounted", Mutant::BornUncounted),
     ];
 }
 
