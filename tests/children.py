@@ -13,10 +13,11 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 TESTS = Path(__file__).resolve().parent
 SECONDS = 120
@@ -26,7 +27,7 @@ import numpy as np
 import ksmrs
 from ksmrs import PageState
 sys.path.insert(0, {tests!r})
-from children import equal_regions, merged, wait_for, wait_merged
+from children import counted, ended, equal_regions, forked, merged, wait_counted, wait_for, wait_merged
 """
 
 
@@ -146,6 +147,55 @@ def equal_regions(pages: int, shared: bool = False, seed: int = 1, count: int = 
     for region in regions:
         region.array(np.uint8, contents.size)[:] = contents
     return regions, contents
+
+
+def forked(act: Callable[[], object]) -> int:
+    """Fork a child that does this and ends, well if nothing was raised; its process id."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def ended(*pids: int) -> None:
+    """Wait for children that must have ended well."""
+    statuses = {pid: os.waitpid(pid, 0)[1] for pid in pids}
+    assert not any(statuses.values()), statuses
+
+
+def counted() -> int:
+    """Pages that the broker counts as merged in this process; -1 while it has not heard of it."""
+    import ksmrs
+
+    return ksmrs.process_stats().ksm_merging_pages if ksmrs._ksmrs.is_connected() else -1
+
+
+def wait_counted(pages: int) -> None:
+    """Wait, asking for nothing, until the broker counts so many pages as merged in this process."""
+    wait_for(lambda: counted() == pages, f"{pages} pages, not {counted()}, counted in this process")
+
+
+def flipped(array: Any, page: int) -> bool:
+    """A worker's work, for pools: write a page of an array that it inherited, and look whether that is all that changed."""
+    before = array.copy()
+    array[page * 4096 : (page + 1) * 4096] ^= 0xFF
+    before[page * 4096 : (page + 1) * 4096] ^= 0xFF
+    return bool((array == before).all())
+
+
+inherited: Any = None
+"""What a program leaves here before it forks, its pools' workers find."""
+
+
+def flipped_inherited(page: int) -> bool:
+    return flipped(inherited, page)
 
 
 def processes_in(runtime_dir: Path) -> dict[int, str]:

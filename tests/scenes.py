@@ -8,6 +8,7 @@ failpoints that the scene names; without a mutant every scene passes.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -52,11 +53,21 @@ def merged(*arrays: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     raise SystemExit(f"the scene does not merge: {ksmrs.stats()}")
 
 
-def child(array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int]:
-    """Fork a child that compares what it inherited when it is told to; its process, and the descriptor to tell it with."""
+def child(
+    array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, np.dtype[np.uint8]], registered: bool = False
+) -> tuple[int, int]:
+    """Fork a child that compares what it inherited when it is told to; its process, and the descriptor to tell it with.
+
+    Python does not see the fork of an unregistered one. A registered one is ready once its pages are counted."""
     ready, go = os.pipe(), os.pipe()
-    process = os.fork()
+    # PyDLL keeps the GIL, so that the child has it.
+    process = os.fork() if registered else ctypes.PyDLL(None).fork()
     if process == 0:
+        until = time.monotonic() + 20
+        while registered and not ksmrs._ksmrs.is_connected() and time.monotonic() < until:
+            time.sleep(0.01)
+        if registered:
+            ksmrs.merge(10)
         os.write(ready[1], b".")
         os.read(go[0], 1)
         os._exit(0 if (array == expected).all() else 1)
@@ -95,6 +106,20 @@ def children_show_frames() -> None:
         ksmrs.merge(10)
         time.sleep(0.1)
     ended(younger)
+
+
+def born_children_show_frames() -> None:
+    """A registered child goes on showing frames that their parent gives up, counted in its own name."""
+    expected = content(1)
+    arrays = [ksmrs.array(expected), ksmrs.array(expected)]
+    merged(*arrays)
+    born = child(arrays[0], expected, registered=True)
+    for seed, array in enumerate(arrays, 5):
+        array[:] = content(seed)
+    for _ in range(20):
+        ksmrs.merge(10)
+        time.sleep(0.1)
+    ended(born)
 
 
 def late_answer() -> None:
@@ -185,6 +210,7 @@ def writer_in_the_freeze(seconds: float = 25) -> None:
 
 SCENES = {
     "children-show-frames": children_show_frames,
+    "born-children-show-frames": born_children_show_frames,
     "late-answer": late_answer,
     "late-answer-victim": late_answer_victim,
     "writer-in-the-freeze": writer_in_the_freeze,
