@@ -99,9 +99,11 @@ impl World {
             Report::Scan { ranges, pass } => {
                 for number in numbers(ranges) {
                     let Some(page) = pages.get_mut(&number) else { continue };
-                    if let (Word::Merged(slot), Some(_)) = (page.word, page.own) {
-                        page.word = Word::Broken(slot);
-                    }
+                    page.word = match page.word {
+                        Word::Merged(slot) if page.own.is_some() => Word::Broken(slot),
+                        Word::Zero if page.own.is_some() => Word::Private,
+                        word => word,
+                    };
                     let changed = |(content, _)| checksum_of(content) != checksum_of(page.own.unwrap_or(0));
                     if page.own.is_some() && page.checksum.is_none_or(changed) {
                         page.checksum = page.own.map(|own| (own, *pass));
