@@ -1,7 +1,7 @@
 """Forked children as clients of their own: what they inherited stays merged and counted, and their parent is rid of them.
 
-Programs run in children of the test, which fork in their turn. They wait for conditions; a child that is not asked anything connects
-by itself after a second.
+Programs run in children of the test, which fork in their turn. They wait for conditions; a child that is not asked
+anything connects by itself after a second.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def alone():
 """
 
 
-def forks(program: str, returncode: int = 0, seconds: float = 120, **environment: str) -> str:
-    return run(MERGED + textwrap.dedent(program), returncode=returncode, seconds=seconds, **environment)
+def forks(program: str, seconds: float = 120) -> str:
+    return run(MERGED + textwrap.dedent(program), seconds=seconds)
 
 
 def test_a_child_goes_on_with_what_it_inherited() -> None:
