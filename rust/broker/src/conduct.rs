@@ -7,12 +7,13 @@
 //! A client is *connected* while its socket is open, *departed* after, and *gone* when all its life pages took the seal; only
 //! then are its frames free (`departed.rs`). Whatever a client does wrong ends its own connection and is logged.
 
+mod hello;
+
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use ksmrs_core::{ClientId, Epoch};
-use ksmrs_sys::StoreNumber;
 use ksmrs_sys::peer::{Listener, Peer, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -22,21 +23,14 @@ use crate::domain::Domain;
 use crate::objects::Objects;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
-use crate::wire::{
-    Answer, BORN, BrokerEnd, Lineage, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient,
-};
+use crate::wire::{Answer, BORN, BrokerEnd, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient};
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
-/// Domains of one broker; each has a store of its own.
-const MAX_DOMAINS: usize = 64;
-const MAX_DOMAIN_NAME: usize = 64;
 /// How long accepting pauses when descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Why a named object is refused by a broker inside its client.
 const NOT_EMBEDDED: &str = "an embedded broker ends with its client, and nobody would write the object's pages back";
-/// Store numbers fit 8 bits, and 0 is none.
-const STORE_NUMBERS: std::ops::RangeInclusive<u8> = 1..=255;
 
 /// Everything that a broker holds.
 pub(crate) struct Conductor {
@@ -405,86 +399,6 @@ impl Conductor {
         }
     }
 
-    /// What a forked child's words call this domain's store, if they name it: as its parent's do, whether that is still connected
-    /// or not. A parent that is gone has no child, for each keeps a life page of it until it is counted itself.
-    fn lineage(&self, name: &str, born: &Lineage) -> Option<StoreNumber> {
-        let number = StoreNumber(born.store);
-        let connected = |session: &Session| session.domain.as_deref() == Some(name) && session.store == number;
-        let departed =
-            |departed: &Departed| departed.id.0 == born.client && departed.domain == name && departed.store == number;
-        let known = self.sessions.get(&born.client).is_some_and(connected) || self.departed.iter().any(departed);
-        let same_store = self.domains.get(name).is_some_and(|domain| domain.key == born.key);
-        (known && same_store).then_some(number)
-    }
-
-    fn hello(
-        &mut self,
-        id: u32,
-        release: &str,
-        name: String,
-        pid: u32,
-        stores: &[u8],
-        born: Option<StoreNumber>,
-    ) -> Result<(), Offence> {
-        let Some(session) = self.sessions.get_mut(&id) else {
-            return Ok(());
-        };
-        session.expect("Hello", Phase::Silent)?;
-        let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-        if name.is_empty() || name.len() > MAX_DOMAIN_NAME || !name.chars().all(is_plain) {
-            return Err(Offence::DomainName {
-                name: name.chars().take(MAX_DOMAIN_NAME).collect(),
-            });
-        }
-        let free = || STORE_NUMBERS.into_iter().find(|number| !stores.contains(number));
-        let Some(number) = born.map(|store| store.0).or_else(free) else {
-            return Err(Offence::TooMany {
-                what: "stores in one client's words",
-                limit: STORE_NUMBERS.len() - 1,
-            });
-        };
-        if !self.domains.contains_key(&name) {
-            if self.domains.len() >= MAX_DOMAINS {
-                self.domains.retain(|_, domain| !domain.is_vacant());
-            }
-            if self.domains.len() >= MAX_DOMAINS {
-                return Err(Offence::TooMany {
-                    what: "domains",
-                    limit: MAX_DOMAINS,
-                });
-            }
-            self.domains.insert(name.clone(), Domain::new(&name, self.store_slots)?);
-        }
-        let Some(domain) = self.domains.get_mut(&name) else {
-            return Ok(());
-        };
-        let store_fd = domain.store.read_only()?;
-        domain.core.client_joined(session.id);
-        if let Some(maximum) = max_map_count() {
-            domain.core.set_budget(session.id, maximum / 3);
-        }
-        session.store = StoreNumber(number);
-        session.is_born = born.is_some();
-        session.phase = Phase::Welcome;
-        tracing::info!(
-            client = id,
-            pid = session.credentials.pid,
-            says = pid,
-            release,
-            domain = name,
-            born = born.is_some(),
-            "client joined"
-        );
-        session.domain = Some(name);
-        let welcome = ToClient::Welcome {
-            client: id,
-            key: domain.key,
-            store: number,
-            slots: domain.store.slots(),
-        };
-        session.send(&welcome, Some(store_fd))
-    }
-
     fn status(&self) -> Status {
         let embedded = self.listener.is_none();
         let clock = if embedded {
@@ -536,15 +450,6 @@ fn earliest(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> 
         (Some(one), Some(other)) => Some(one.min(other)),
         (one, other) => one.or(other),
     }
-}
-
-/// `vm.max_map_count`, of which merging may use a third.
-fn max_map_count() -> Option<u32> {
-    std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
 }
 
 /// Anonymous and file memory of this process; windows of the frame stores are shared memory and not counted.

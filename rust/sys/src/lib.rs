@@ -11,6 +11,7 @@ mod careful;
 pub mod checksum;
 pub mod daemon;
 pub mod descriptors;
+mod ending;
 pub mod error;
 pub mod failpoint;
 pub mod foreign;

@@ -1,6 +1,7 @@
-//! A region: its memory, its words, and everything that may be done to it from outside the signal handler.
+//! A region: its memory, its words, and what is done to it while it lives, but for the signal handler.
 //!
-//! The remapper merges and brings home, the scanner checksums and stages, the program's threads unmerge, pin, leave and close.
+//! The remapper merges and brings home, the scanner checksums and stages, the program's threads unmerge and pin; how a region ends
+//! is in `ending.rs`.
 //! A lock keeps `close` from the others' runs; the words keep everyone from each other's pages. Nothing here decides what
 //! merges, and no lock is held while a fork waits.
 
@@ -11,13 +12,11 @@ use crate::gate::Pass;
 use crate::holds::{Holds, insert_range, remove_range};
 use crate::in_use::InUse;
 use crate::mapping::{Mapping, View};
-use crate::object::PAGE_SIZE;
 use crate::page_table::ClientTable;
 use crate::pagemap::Pagemap;
 use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
-use crate::signal;
 use crate::staging::Staging;
 use crate::store::StoreFile;
 use crate::window::{Pane, Window};
@@ -29,7 +28,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Mutex, PoisonError};
 
 /// Changes with every unmerge on request.
-static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
+pub(crate) static GIVEN_UP: AtomicU64 = AtomicU64::new(0);
 
 /// A number that changes whenever program threads took pages from their frames.
 pub fn given_up() -> u64 {
@@ -39,8 +38,8 @@ pub fn given_up() -> u64 {
 /// A region of this process.
 pub struct Region {
     /// The memory, unmapped by `close`.
-    mapping: Mapping,
-    closed: AtomicBool,
+    pub(crate) mapping: Mapping,
+    pub(crate) closed: AtomicBool,
     /// Whether its pages are at home and stay there for now: `recall.rs`.
     pub(crate) recalled: AtomicBool,
     /// Keeps `close` from runs under way. A forked child takes it only once `born.rs` made it new: another thread of the parent may
@@ -359,7 +358,7 @@ impl Region {
         }
     }
 
-    fn hold(&self, pages: Range<u32>) -> Result<(), SysError> {
+    pub(crate) fn hold(&self, pages: Range<u32>) -> Result<(), SysError> {
         let span = Span {
             first: Page(pages.start),
             pages: pages.len() as u32,
@@ -435,174 +434,6 @@ impl Region {
         }
     }
 
-    /// Ends merging for good: plain memory again, with its bytes, at the same address. Nothing of the store stays mapped.
-    ///
-    /// # Errors
-    /// No memory for the copies; what was opted in before takes part again.
-    pub fn leave(&self) -> Result<(), SysError> {
-        if !self.is_ours() {
-            return self.hold(0..self.pages());
-        }
-        // Opted out first, so that nobody lets a page take part again that has left.
-        let whole = core::iter::once(0..self.pages()).collect();
-        let before = core::mem::replace(&mut self.holds().unadvised, whole);
-        let left = loop {
-            let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
-            match left {
-                // The broker is at it, or the remapper finds that there is none.
-                Some(Err(rustix::io::Errno::AGAIN)) => signal::nap(),
-                left => break left,
-            }
-        };
-        GIVEN_UP.fetch_add(1, Ordering::Relaxed);
-        left.unwrap_or(Ok(()))
-            .map_err(SysError::call("mremap", "leaving region"))
-            .inspect_err(|_| {
-                let mut holds = self.holds();
-                holds.unadvised = before;
-                self.let_go(&holds, 0..self.pages());
-            })
-    }
-
-    /// Runs end where extents do: what is assembled in huge pages then moves as huge pages.
-    pub(crate) fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {
-        let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
-        let whole = self.whole();
-        let position = (self.address() / PAGE_SIZE % protocol::MAX_RUN) as u32;
-        let mut at = whole.first;
-        while at < whole.end() {
-            let room = protocol::MAX_RUN as u32 - (at.0 + position) % protocol::MAX_RUN as u32;
-            let part = Span {
-                first: at,
-                pages: (whole.end().0 - at.0).min(room),
-            };
-            let _blocked = Blocked::new();
-            let _pass = Pass::enter();
-            protocol::leave(&self.words, view, part, &mut before)?;
-            at = part.end();
-        }
-        Ok(())
-    }
-
-    /// Whether the program made the memory.
-    pub fn is_adopted(&self) -> bool {
-        self.mapping.is_adopted()
-    }
-
-    /// Ends an adopted region whose owner keeps the memory: plain, with its bytes and its advice, and ksmrs knows nothing of it
-    /// any more. Idempotent. The slice of the table is given back as after [`Region::close`].
-    ///
-    /// # Errors
-    /// No memory for the copies; then the region goes on, out of merging.
-    pub fn give_back(&self) -> Result<(), SysError> {
-        debug_assert!(self.is_adopted(), "regions of our own are closed");
-        if self.is_closed() {
-            return Ok(());
-        }
-        if !self.is_ours() {
-            self.end(|_| self.thaw_in_child());
-            return Ok(());
-        }
-        self.holds().leaving = true;
-        if let Err(error) = self.leave() {
-            self.holds().leaving = false;
-            return Err(error);
-        }
-        self.end(|_| self.mapping.give_back());
-        Ok(())
-    }
-
-    /// Neither remapper nor scanner touch the region any more; its pages stay as they are, and the fault handler serves them. For
-    /// the end of the program, which frees memory in its own order and tells nobody.
-    pub fn retire(&self) {
-        if self.is_ours() {
-            let _in_use = self.in_use.alone();
-            self.closed.store(true, Ordering::Release);
-        }
-    }
-
-    /// Whether it ended.
-    pub fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire)
-    }
-
-    /// Ends the region: nothing is copied, memory of our own is unmapped; adopted memory, which its owner is freeing, is fresh if
-    /// any of it was merged. Not for an object that lives on ([`Region::release`]). Idempotent. Whoever closes it gives its slice of the
-    /// table back, once nobody can mistake its words for another region's.
-    pub fn close(&self) {
-        debug_assert!(
-            !(self.is_adopted() && self.kind() == Kind::Shared),
-            "its object may live on"
-        );
-        self.end(|plain| {
-            if !self.is_adopted() {
-                self.mapping.unmap();
-            } else if !self.is_ours() {
-                self.thaw_in_child();
-            } else if !plain {
-                self.mapping.abandon();
-            }
-        });
-    }
-
-    /// Ends the region, with its bytes wherever somebody may still look for them: in memory whose owner keeps it, and in objects that
-    /// live on. Idempotent; the slice of the table is given back as after [`Region::close`].
-    ///
-    /// # Errors
-    /// No memory for the copies; then it stays as it is, words and frames included.
-    pub fn release(&self) -> Result<(), SysError> {
-        if self.is_adopted() {
-            return self.give_back();
-        }
-        if self.object().is_some() && !self.is_closed() {
-            self.leave()?;
-        }
-        self.close();
-        Ok(())
-    }
-
-    /// In an unregistered child, whose pages are the kernel's to copy: nothing was frozen when it was forked but for what a thaw
-    /// without room left behind.
-    fn thaw_in_child(&self) {
-        let _ = self.view.protect(self.whole(), Access::ReadWrite);
-    }
-
-    /// Whether no page shows, or lies over, a frame, and none is write-protected.
-    fn is_plain(&self) -> bool {
-        self.whole().iter().all(|page| {
-            let word = self.words.load(page);
-            word.frame().is_none() && word.state() != State::Frozen
-        })
-    }
-
-    /// Takes every page for good, lets the memory go (plain, or with frames in it, as it is), and forgets the region.
-    fn end(&self, let_go: impl FnOnce(bool)) {
-        let ours = self.is_ours();
-        let _in_use = ours.then(|| self.in_use.alone());
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        if !ours {
-            // A child that is not registered: the words are its parent's.
-            registry::remove(self.address(), || let_go(true));
-            return;
-        }
-        // Only handlers are at it now, and in private memory they map no frames.
-        let plain = self.is_plain();
-        let _blocked = Blocked::new();
-        {
-            let _pass = Pass::enter();
-            protocol::claim_all(&self.words, self.whole());
-        }
-        registry::remove(self.address(), || {
-            let_go(plain);
-            // Whoever writes to memory that is being closed waits for these words; let it run into its fault.
-            for page in self.whole().iter() {
-                self.words.store(page, Word::PRIVATE.with_state(State::Held));
-            }
-        });
-    }
-
     // For whoever wants to know.
 
     /// Every page's state.
@@ -624,12 +455,6 @@ impl Region {
             }
         }
         stretches
-    }
-}
-
-impl Drop for Region {
-    fn drop(&mut self) {
-        let _ = self.release();
     }
 }
 
