@@ -122,6 +122,23 @@ def born_children_show_frames() -> None:
     ended(born)
 
 
+def unregistered_siblings_show_frames() -> None:
+    """A child that nobody knows of goes on showing frames that its parent gave up, though its sibling is registered."""
+    expected = content(1)
+    arrays = [ksmrs.array(expected), ksmrs.array(expected)]
+    merged(*arrays)
+    unknown = child(arrays[0], expected)
+    for seed, array in enumerate(arrays, 5):
+        array[:] = content(seed)
+    for _ in range(4):
+        ksmrs.merge(10)
+    born = child(arrays[0], content(5), registered=True)
+    for _ in range(4):
+        ksmrs.merge(10)
+    ended(unknown)
+    ended(born)
+
+
 def late_answer() -> None:
     """A client answers a proposal long after the broker stopped waiting, and maps what it was offered."""
     expected = content(1)
@@ -211,6 +228,7 @@ def writer_in_the_freeze(seconds: float = 25) -> None:
 SCENES = {
     "children-show-frames": children_show_frames,
     "born-children-show-frames": born_children_show_frames,
+    "unregistered-siblings-show-frames": unregistered_siblings_show_frames,
     "late-answer": late_answer,
     "late-answer-victim": late_answer_victim,
     "writer-in-the-freeze": writer_in_the_freeze,

@@ -27,6 +27,7 @@ SCENES = {
     "frame-freed-early": ("children-show-frames", ""),
     "no-epoch": ("children-show-frames", ""),
     "born-uncounted": ("born-children-show-frames", ""),
+    "unregistered-forgotten": ("unregistered-siblings-show-frames", ""),
     "proposal-freed-on-timeout": ("late-answer", ""),
     "handler-without-claim": ("writer-in-the-freeze", "merge-frozen=delay:3000;merge-committing=delay:3000"),
 }

@@ -9,6 +9,7 @@
 use crate::Core;
 use crate::answer::Seen;
 use crate::frame::{Life, Slot};
+use crate::limbo::Epoch;
 use crate::member::CoreError;
 use crate::mutant::{self, Mutant};
 use crate::page::{PageNumber, PageRange, Place};
@@ -57,6 +58,11 @@ impl Core {
                 self.events.disbelieved += 1;
             }
         }
+        if mutant::active(Mutant::UnregisteredForgotten) {
+            self.clients
+                .keys()
+                .for_each(|id| self.rmap.sealed(*id, Epoch(u32::MAX)));
+        }
         self.refresh(client);
         Ok(Birth {
             region: id,
@@ -88,7 +94,6 @@ impl Rmap {
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
-    use crate::limbo::Epoch;
 
     const PARENT: ClientId = ClientId(1);
     const CHILD: ClientId = ClientId(2);

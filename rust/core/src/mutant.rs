@@ -14,15 +14,18 @@ pub enum Mutant {
     NoEpoch = 3,
     /// What a forked child shows is said to be counted in its own name, and is not.
     BornUncounted = 4,
+    /// Once a child is registered, what anybody gave up is released, though children that are not may show it.
+    UnregisteredForgotten = 5,
 }
 
 impl Mutant {
     /// All of them, by the name that chooses them.
-    pub const ALL: [(&'static str, Mutant); 4] = [
+    pub const ALL: [(&'static str, Mutant); 5] = [
         ("frame-freed-early", Mutant::FrameFreedEarly),
         ("proposal-freed-on-timeout", Mutant::ProposalFreedOnTimeout),
         ("no-epoch", Mutant::NoEpoch),
         ("born-uncounted", Mutant::BornUncounted),
+        ("unregistered-forgotten", Mutant::UnregisteredForgotten),
     ];
 }
 
