@@ -505,8 +505,15 @@ def test_a_child_of_one_that_disconnected_waits_to_be_asked() -> None:
     forks(
         """
         ksmrs.disconnect()
+        def threads():
+            names = set()
+            for task in os.listdir("/proc/self/task"):
+                with open(f"/proc/self/task/{task}/comm") as comm:
+                    names.add(comm.read().strip())
+            return names
         def child():
-            time.sleep(1.5)  # it would have connected by now
+            # Its childhood is over: by now it would ask for a broker.
+            wait_for(lambda: "ksmrs-scan" in threads(), f"a scanner, not {threads()}")
             assert not ksmrs._ksmrs.is_connected()
             intact()
             arrays[0][::4096] ^= 0xFF
@@ -620,4 +627,226 @@ def test_a_child_without_a_thread_stays_unregistered() -> None:
             """
         ),
         prelude=False,
+    )
+
+
+def test_two_hundred_children_at_once() -> None:
+    forks(
+        """
+        go, ready = os.pipe(), os.pipe()
+        def child(number):
+            arrays[0][number::4096] ^= 0xFF
+            mine = contents.copy()
+            mine[number::4096] ^= 0xFF
+            wait_for(lambda: ksmrs._ksmrs.is_connected(), seconds=60)
+            assert (arrays[0] == mine).all()
+            os.write(ready[1], b".")
+            os.read(go[0], 1)
+            assert (arrays[0] == mine).all() and (arrays[1] == contents).all()
+        pids = [forked(lambda: child(number)) for number in range(200)]
+        for _ in pids:
+            os.read(ready[0], 1)
+        for array in arrays:
+            array ^= 0x11
+        contents ^= 0x11
+        ksmrs.merge(5)
+        intact()
+        os.write(go[1], b"." * len(pids))
+        ended(*pids)
+        intact()
+        alone()
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0)
+        wait_merged(512, *regions)
+        wait_for(lambda: ksmrs.stats().frames == 256)
+        """
+    )
+
+
+def test_more_children_than_a_frame_can_count() -> None:
+    run(
+        """
+        regions = [ksmrs.Region(512 * 4096) for _ in range(2)]
+        arrays = [region.array(np.uint8, 512 * 4096) for region in regions]
+        page = np.random.default_rng(1).integers(0, 256, 4096, np.uint8)
+        for array in arrays:
+            array.reshape(-1, 4096)[:] = page
+        wait_merged(1024, *regions)
+        go, ready = os.pipe(), os.pipe()
+        def child():
+            wait_for(lambda: ksmrs._ksmrs.is_connected(), seconds=60)
+            os.write(ready[1], b".")
+            os.read(go[0], 1)
+            assert all((array.reshape(-1, 4096) == page).all() for array in arrays)
+            arrays[0][::4096] ^= 1
+            ksmrs.merge(2)
+            assert (arrays[0][::4096] == page[0] ^ 1).all()
+        # 1024 pages on 4 frames, 80 times.
+        pids = [forked(child) for _ in range(80)]
+        for _ in pids:
+            os.read(ready[0], 1)
+        ksmrs.merge(5)
+        assert ksmrs.stats().pages_disbelieved > 0, "all of them could be counted"
+        for array in arrays:
+            array[:] = 7
+        for _ in range(5):
+            ksmrs.merge(5)
+        os.write(go[1], b"." * len(pids))
+        ended(*pids)
+        wait_for(lambda: ksmrs.stats().clients == 1, "the end of all children")
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0)
+        wait_merged(1024, *regions)
+        wait_for(lambda: ksmrs.stats().frames == 4)
+        """
+    )
+
+
+def test_forks_deeper_than_a_process_counts_lives() -> None:
+    forks(
+        """
+        def line(depth):
+            for array in (*arrays, contents):
+                array[depth] ^= 0xFF
+            intact()
+            if depth:
+                ended(forked(lambda: line(depth - 1)))
+                intact()
+        line(75)
+        alone()
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0)
+        """
+    )
+
+
+def test_children_without_descriptors_or_address_space() -> None:
+    forks(
+        """
+        import resource
+        def no_descriptors():
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+            arrays[0][::4096] ^= 0xFF
+            try:
+                ksmrs.merge(1)
+                raise SystemExit("a client without descriptors")
+            except ksmrs.KsmrsError:
+                pass
+            arrays[0][::4096] ^= 0xFF
+            intact()
+            ended(forked(intact))
+            del arrays[1]
+            regions[1].close()
+            intact()
+        ended(forked(no_descriptors))
+        # No room for a copy of the words: the child stays unregistered.
+        def no_words():
+            assert set(regions[0].page_states()) == {PageState.HELD}
+            arrays[0][::4096] ^= 0xFF
+            assert (arrays[0][::4096] == contents[::4096] ^ 0xFF).all() and (arrays[1] == contents).all()
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used, limits[1]))
+        ended(forked(no_words))
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        intact()
+        alone()
+        """
+    )
+
+
+def test_born_children_spawn_and_clone() -> None:
+    forks(
+        """
+        import ctypes
+        clone = ctypes.PyDLL(None).syscall
+        def raw():
+            # The number of clone on x86-64, and no handler runs: unregistered.
+            pid = clone(56, int(signal.SIGCHLD), 0, 0, 0, 0)
+            if pid == 0:
+                good = (arrays[0] == contents).all() and (arrays[1] == contents).all()
+                arrays[0][::4096] ^= 0xFF
+                os._exit(0 if good and (arrays[0][::4096] == contents[::4096] ^ 0xFF).all() else 9)
+            return pid
+        def child():
+            for turn in range(20):
+                subprocess.run(["true"], check=True)
+                subprocess.run(["true"], check=True, close_fds=False, preexec_fn=intact)
+                ended(os.posix_spawnp("true", ["true"], os.environ))
+                if os.uname().machine == "x86_64":
+                    ended(raw())
+                for array in (*arrays, contents):
+                    array[turn * 4096] ^= 1
+                intact()
+                if turn == 10:
+                    ksmrs.merge(5)
+        ended(*[forked(child) for _ in range(4)])
+        intact()
+        alone()
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0)
+        """
+    )
+
+
+def test_a_born_child_has_shared_memory_of_its_own() -> None:
+    forks(
+        """
+        def child():
+            shared, same = equal_regions(64, True, seed=5)
+            wait_merged(640, *regions, *shared)
+            views = [region.array(np.uint8, same.size) for region in shared]
+            views[0][::4096] ^= 0xFF
+            assert (views[0][::4096] == same[::4096] ^ 0xFF).all() and (views[1] == same).all()
+            intact()
+            # Its own child shares it, and is born with the rest alone.
+            def grandchild():
+                assert set(shared[1].page_states()) == {PageState.HELD}
+                assert merged(*regions) == 512
+                views[1][5] ^= 0xFF
+                wait_counted(512)
+                intact()
+            ended(forked(grandchild))
+            same[5] ^= 0xFF
+            assert (views[1] == same).all()
+            views[0][:] = same
+            wait_merged(640, *regions, *shared)
+            assert all((view == same).all() for view in views)
+        ended(forked(child))
+        intact()
+        alone()
+        """
+    )
+
+
+def test_children_killed_while_they_are_counted() -> None:
+    forks(
+        """
+        import random
+        moments = random.Random(3)
+        grown = os.pipe()
+        os.set_blocking(grown[0], False)
+        def child():
+            arrays[1][::4096] ^= 0xFF
+            ksmrs.merge(5)
+            os.write(grown[1], b".")
+            arrays[1][::4096] ^= 0xFF
+            ksmrs.merge(5)
+            intact()
+            signal.pause()
+        for turn in range(60):
+            started = time.monotonic()
+            pids = {forked(child): started + moments.random() * 0.04 for _ in range(5)}
+            for pid, moment in pids.items():
+                # Any moment will do: this waits for nothing.
+                time.sleep(max(0, moment - time.monotonic()))
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            for array in (*arrays, contents):
+                array[7::4096] ^= 0xFF
+            intact()
+        assert os.read(grown[0], 1000), "no child came so far"
+        alone()
+        wait_merged(512, *regions)
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0)
+        wait_for(lambda: ksmrs.stats().frames == 256)
+        intact()
+        """
     )
