@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -239,3 +240,33 @@ def test_at_exit_threads_still_write(shared: bool) -> None:
 @pytest.mark.parametrize("how", ["os._exit(0)", "sys.exit(0)", "os.kill(os.getpid(), signal.SIGTERM)"])
 def test_every_way_to_end(shared: bool, how: str) -> None:
     hazard(how, shared, returncode=-signal.SIGTERM if "SIGTERM" in how else 0)
+
+
+def test_a_process_that_was_stopped_does_not_take_its_broker_for_silent() -> None:
+    with Child(
+        """
+        region = ksmrs.Region(64 * 4096)
+        region.array(np.uint8, region.nbytes)[:] = 7
+        stop, errors = threading.Event(), []
+        def merge():
+            try:
+                while not stop.is_set():
+                    ksmrs.merge(0.01)
+            except ksmrs.KsmrsError as error:
+                errors.append(error)
+        threads = [threading.Thread(target=merge) for _ in range(4)]
+        for thread in threads: thread.start()
+        print("merging")
+        input()
+        ksmrs.merge(5)
+        stop.set()
+        for thread in threads: thread.join()
+        assert not errors, errors
+        """
+    ) as child:
+        assert child.line() == "merging"
+        child.kill(signal.SIGSTOP)
+        time.sleep(6)  # longer than a broker may take over its time
+        child.kill(signal.SIGCONT)
+        child.tell()
+        child.end()

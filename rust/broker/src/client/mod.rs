@@ -335,17 +335,20 @@ pub fn merge(timeout: Option<Duration>, interrupted: &mut dyn FnMut() -> bool) -
         client()?
             .mailbox
             .push(Event::Ask(Question::Merge { timeout_ms }, reply));
+        // Counted only while this process runs: being stopped meanwhile is not the broker's silence.
+        let mut silent = Duration::ZERO;
         let answer = loop {
             match answer.recv_timeout(INTERRUPT_CHECK) {
                 Ok(answer) => break answer,
                 Err(RecvTimeoutError::Disconnected) => break Err(Error::Lost),
                 Err(RecvTimeoutError::Timeout) if interrupted() => return Err(Error::Interrupted),
-                Err(RecvTimeoutError::Timeout) => match timeout {
-                    Some(timeout) if begun.elapsed() > timeout.saturating_add(MERGE_GRACE) => {
-                        return Err(Error::Silent(timeout.saturating_add(MERGE_GRACE)));
+                Err(RecvTimeoutError::Timeout) => {
+                    silent += INTERRUPT_CHECK;
+                    let most = left.map(|left| left.saturating_add(MERGE_GRACE));
+                    if let Some(most) = most.filter(|most| silent > *most) {
+                        return Err(Error::Silent(most));
                     }
-                    _ => {}
-                },
+                }
             }
         };
         match answer {
