@@ -67,7 +67,7 @@ def expected() -> bytearray:
 @contextmanager
 def client(**environment: str) -> Iterator[tuple[Child, str]]:
     """A process with a merged object, and the object's name."""
-    with Child(CLIENT, **environment) as child:
+    with Child(CLIENT, prelude=True, **environment) as child:
         name = child.line()
         try:
             yield child, name
