@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ksmrs
-from children import Child, equal_regions, merged, run, wait_merged
+from children import Child, equal_regions, merged, run, wait_for, wait_merged
 
 PAGES = 4096
 
@@ -186,3 +186,24 @@ def test_merge_in_this_very_process(shared: bool) -> None:
     for region in regions:
         assert bytes(region) == contents.tobytes()
         region.close()
+
+
+def test_the_next_connection_counts_the_pages_of_zeros_of_the_last(shared: bool) -> None:
+    region = ksmrs.Region(64 * 4096, shared)
+    array = region.array("u1", region.nbytes)
+    array[:] = 1
+    array[:] = 0
+
+    def counted(pages: int) -> bool:
+        ksmrs.merge(5)
+        return ksmrs.stats().ksm_zero_pages == pages
+
+    wait_for(lambda: counted(64), "pages of zeros")
+    ksmrs.disconnect()
+    ksmrs.connect()
+    # The last client's count until nothing of it is mapped any more.
+    wait_for(lambda: counted(64), "pages of zeros of one client")
+    assert ksmrs.stats().pages_disbelieved == 0
+    array[::4096] = 1
+    wait_for(lambda: counted(0), "the end of pages of zeros")
+    assert array.sum() == 64

@@ -169,7 +169,8 @@ impl Core {
             Seen::Busy | Seen::Foreign => return false,
             Seen::Own | Seen::Unbacked | Seen::Held(None) => Place::Own,
             Seen::Merged(slot) if from == Place::Merged(slot) => from,
-            Seen::Zero if from == Place::Zero => from,
+            // It names no frame, so it need not have been proposed by this core: a client keeps such pages over its brokers.
+            Seen::Zero if matches!(from, Place::Own | Place::Zero) => Place::Zero,
             Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
             Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
                 Place::Detached(slot)
