@@ -7,7 +7,7 @@
 
 use crate::error::SysError;
 use crate::object::PAGE_SIZE;
-use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Words, write_fault};
+use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Words, is_being_lent, write_fault};
 use crate::sigmask::Blocked;
 use crate::word::State;
 use crate::{born, futex, gate, registry, signal};
@@ -160,9 +160,17 @@ thread_local! {
 
 /// Gives every merged page of a shared region its home back, so that parent and child share all of it.
 fn take_home(area: &registry::Area) {
+    /// Milliseconds for which pages are waited for that the broker owns: it may have died, and the remapper stand at the gate.
+    const PATIENCE: u32 = 2000;
     let mut page = Page(0);
+    let mut waited = 0;
     while page.0 < area.words.pages() {
         let word = area.words.load(page);
+        if is_being_lent(word) && waited < PATIENCE {
+            signal::nap();
+            waited += 1;
+            continue;
+        }
         let lent = word.state() == State::Homed && word.is_lent();
         if !lent && !matches!(word.state(), State::Merged | State::Zero) {
             page = page.plus(1);
