@@ -139,8 +139,9 @@ impl Core {
         }
         self.unstable.remove(&mut self.pages, page);
         self.mark(page, Mark::Unshared, false);
-        let has_memory = !matches!(observation.seen, Seen::Unbacked | Seen::Zero);
-        self.mark_item(id, page, has_memory);
+        // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
+        let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
+        self.mark_item(id, page, counts && self.tunables.run != tunables::run::UNMERGE);
         if !matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_)) {
             return;
         }

@@ -57,17 +57,7 @@ pub fn is_connected() -> bool {
 pub fn merge(py: Python<'_>, timeout: Option<f64>) -> PyResult<Bound<'_, PyDict>> {
     // A timeout beyond what a Duration holds is none.
     let timeout = timeout.and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
-    let mut signalled = None;
-    let outcome = py.detach(|| {
-        client::merge(timeout, &mut || {
-            signalled = Python::attach(|py| py.check_signals()).err();
-            signalled.is_some()
-        })
-    });
-    if let Some(raised) = signalled {
-        return Err(raised);
-    }
-    let report = outcome.into_python(py)?;
+    let report = interruptible(py, |interrupted| client::merge(timeout, interrupted))?;
     let dictionary = PyDict::new(py);
     dictionary.set_item("pages_merged", report.pages_merged)?;
     dictionary.set_item("rounds", report.rounds)?;
@@ -119,10 +109,32 @@ pub fn get(py: Python<'_>, knob: &str) -> PyResult<String> {
     py.detach(|| client::get(knob)).into_python(py)
 }
 
-/// Turns a knob.
+/// Turns a knob. As in the kernel, run=2 returns when nothing is merged any more, or after 10 s.
 #[pyfunction]
 pub fn set(py: Python<'_>, knob: &str, value: &str) -> PyResult<()> {
-    py.detach(|| client::set(knob, value)).into_python(py)
+    py.detach(|| client::set(knob, value)).into_python(py)?;
+    if (knob, value.trim()) == ("run", "2") {
+        interruptible(py, client::wait_until_unmerged)?;
+    }
+    Ok(())
+}
+
+/// Waits for the engine without the interpreter's lock; a signal whose handler raises ends the waiting.
+fn interruptible<T: Send>(
+    py: Python<'_>,
+    wait: impl FnOnce(&mut dyn FnMut() -> bool) -> Result<T, client::Error> + Send,
+) -> PyResult<T> {
+    let mut signalled = None;
+    let outcome = py.detach(|| {
+        wait(&mut || {
+            signalled = Python::attach(|py| py.check_signals()).err();
+            signalled.is_some()
+        })
+    });
+    match signalled {
+        Some(raised) => Err(raised),
+        None => outcome.into_python(py),
+    }
 }
 
 /// In the child of a fork, before anything else of ksmrs: goes on with the private regions that the parent had. Never fails.

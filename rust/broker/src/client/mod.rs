@@ -455,3 +455,25 @@ pub fn set(knob: &str, value: &str) -> Result<(), Error> {
         other => Err(unexpected(&other)),
     }
 }
+
+/// Waits, after `run=2`, until nothing of the domain is merged any more; false after 10 s, for a client that is stopped unmerges
+/// when it goes on.
+///
+/// # Errors
+/// The broker cannot be asked, or [`Error::Interrupted`] when `interrupted` says so.
+pub fn wait_until_unmerged(interrupted: &mut dyn FnMut() -> bool) -> Result<bool, Error> {
+    const LOOK: Duration = Duration::from_millis(2);
+    let until = Instant::now() + ANSWER_TIMEOUT;
+    let is_left =
+        |(name, pages): &(String, i64)| matches!(name.as_str(), "pages_shared" | "ksm_zero_pages") && *pages > 0;
+    while stats()?.iter().any(is_left) {
+        if interrupted() {
+            return Err(Error::Interrupted);
+        }
+        if Instant::now() > until {
+            return Ok(false);
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(true)
+}

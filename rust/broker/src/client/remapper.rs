@@ -169,13 +169,18 @@ impl Remapper {
             }
             self.tend_objects();
             self.weigh_anchors();
-            *super::lock(self.bequest) = Bequest {
-                wanted: self.wanted,
-                lineage: self.lineage.clone(),
-            };
+            self.bequeath();
             let turned = self.ready().map_or(Ok(()), Session::turn_if_due);
             self.check(turned);
         }
+    }
+
+    /// Leaves for children what they go on with.
+    fn bequeath(&self) {
+        *super::lock(self.bequest) = Bequest {
+            wanted: self.wanted,
+            lineage: self.lineage.clone(),
+        };
     }
 
     fn handle(&mut self, event: Event) {
@@ -201,6 +206,8 @@ impl Remapper {
                     );
                 }
                 self.lost("disconnected on request");
+                // Whoever hears of it may fork at once.
+                self.bequeath();
                 let _ = done.send(());
             }
             Event::Join(region) if self.objects.add(&region) => {
