@@ -42,7 +42,9 @@ class Tunables:
 
     __slots__ = ()
 
-    run = _Knob(int, "0 stops, 1 runs, 2 stops and unmerges everything: setting it returns when that is done, or after 10 s.")
+    run = _Knob(
+        int, "0 stops, 1 runs, 2 stops and unmerges everything: setting it returns when that is done, or after 10 s."
+    )
     pages_to_scan = _Knob(int, "Pages per batch, over all clients.")
     sleep_millisecs = _Knob(int, "Sleep between two batches, in milliseconds.")
     merge_across_nodes = _Knob(int, "Whether pages of different NUMA nodes merge.")
