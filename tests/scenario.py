@@ -149,6 +149,7 @@ def engine(name: str) -> Iterator[Engine]:
     if name != "kernel":
         ours = Ours(name.endswith("shared"))
         ksmrs.connect()
+        ours.set("advisor_mode", "none")
         for knob, value in KNOBS.items():
             ours.set(knob, value)
         yield ours

@@ -36,6 +36,8 @@ class Stats:
     """Pages looked at, ever."""
     full_scans: int = 0
     """Passes over all regions."""
+    pages_to_scan: int = 0
+    """Pages per batch now, as the advisor or whoever set the knob has it."""
     stable_node_chains: int = 0
     """Contents with more than one frame, since max_page_sharing was hit."""
     stable_node_dups: int = 0

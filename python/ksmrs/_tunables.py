@@ -45,20 +45,22 @@ class Tunables:
     run = _Knob(
         int, "0 stops, 1 runs, 2 stops and unmerges everything: setting it returns when that is done, or after 10 s."
     )
-    pages_to_scan = _Knob(int, "Pages per batch, over all clients.")
+    pages_to_scan = _Knob(int, "Pages per batch, over all clients; refused while the advisor sets it.")
     sleep_millisecs = _Knob(int, "Sleep between two batches, in milliseconds.")
     merge_across_nodes = _Knob(int, "Whether pages of different NUMA nodes merge.")
     use_zero_pages = _Knob(int, "Whether pages of zeros need no memory at all.")
     max_page_sharing = _Knob(int, "How many pages one frame serves before a second one is made.")
-    stable_node_chains_prune_millisecs = _Knob(int, "How often chains are looked through for frames that nobody shows.")
+    stable_node_chains_prune_millisecs = _Knob(
+        int, "Kept for scripts that set it; no effect, for a chain loses a frame with the last reference to it."
+    )
     split_huge_pages = _Knob(
         int, "Whether less than 2 MiB merges where that splits a huge page; not among the kernel's knobs."
     )
     smart_scan = _Knob(int, "Whether pages that never merged are looked at less often.")
     advisor_mode = _Knob(str, "Who sets pages_to_scan: 'none' or 'scan-time'.")
-    advisor_max_cpu = _Knob(int, "Percent of one CPU at most.")
+    advisor_max_cpu = _Knob(int, "Percent of one CPU at most, over the broker and all clients.")
     advisor_target_scan_time = _Knob(int, "Seconds that one pass should take.")
-    advisor_min_pages_to_scan = _Knob(int, "The advisor's lower limit.")
+    advisor_min_pages_to_scan = _Knob(int, "Where the advisor starts.")
     advisor_max_pages_to_scan = _Knob(int, "The advisor's upper limit.")
 
     def __repr__(self) -> str:

@@ -18,6 +18,7 @@ use ksmrs_sys::peer::{Listener, Peer, Wait};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
+use crate::cpu::Stopwatch;
 use crate::departed::{Departed, Found};
 use crate::domain::Domain;
 use crate::objects::Objects;
@@ -107,9 +108,11 @@ impl Conductor {
     fn turn(&mut self) -> Option<Duration> {
         let mut wake = None;
         let now = self.now();
+        let mut stopwatch = Stopwatch::start();
         for domain in self.domains.values_mut() {
             wake = earliest(wake, domain.conduct(now, &mut self.sessions));
             wake = earliest(wake, domain.answer_merges(now, &mut self.sessions));
+            domain.core.spent(stopwatch.lap());
         }
         wake = earliest(wake, self.ask_lives());
         wake = earliest(wake, self.recall());
@@ -246,7 +249,17 @@ impl Conductor {
         }
     }
 
+    /// Reads what a client sent; hearing it is work for its domain.
     fn read(&mut self, id: u32) {
+        let mut stopwatch = Stopwatch::start();
+        self.read_messages(id);
+        let domain = self.sessions.get(&id).and_then(|session| session.domain.as_ref());
+        if let Some(domain) = domain.and_then(|name| self.domains.get_mut(name)) {
+            domain.core.spent(stopwatch.lap());
+        }
+    }
+
+    fn read_messages(&mut self, id: u32) {
         for _ in 0..MESSAGES_PER_TURN {
             let Some(session) = self.sessions.get(&id) else { return };
             let result = match session.connection.receive(&mut self.buffer, Wait::No) {
@@ -384,6 +397,7 @@ impl Conductor {
                     }
                     ToBroker::Scanned { order, counts } => {
                         tracing::trace!(client = id, order, ?counts, "scanned");
+                        domain.core.spent(session.claims.take(counts.cpu_micros, now));
                         domain.scanned(session, order, now)
                     }
                     ToBroker::Staged { order, copied } => domain.staged(session, order, &copied),

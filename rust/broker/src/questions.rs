@@ -46,6 +46,7 @@ impl Domain {
             pages_unmerged_in_huge_pages,
             pages_disbelieved, references_in_limbo);
         counters.push(("general_profit".to_owned(), stats.general_profit));
+        counters.push(("pages_to_scan".to_owned(), self.core.tunables().pages_to_scan.into()));
         if let Ok(bytes) = self.store.allocated() {
             counters.push(("store_bytes".to_owned(), count(bytes)));
         }
@@ -95,7 +96,9 @@ impl Domain {
             Err(error) => {
                 let code = match error {
                     TunableError::Unknown { .. } => ErrorCode::UnknownKnob,
-                    TunableError::Invalid { .. } | TunableError::Busy { .. } => ErrorCode::InvalidValue,
+                    TunableError::Invalid { .. } | TunableError::Busy { .. } | TunableError::Advised => {
+                        ErrorCode::InvalidValue
+                    }
                 };
                 ToClient::Error {
                     id,

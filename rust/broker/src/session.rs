@@ -14,6 +14,7 @@ use ksmrs_sys::page_table::TableView;
 use ksmrs_sys::peer::{Credentials, Wait};
 use ksmrs_sys::staging::StagingView;
 
+use crate::cpu::Claims;
 use crate::lives::Lives;
 use crate::offence::Offence;
 use crate::process::Process;
@@ -73,6 +74,7 @@ pub(crate) struct Session {
     pub(crate) lives: Lives,
     pub(crate) table: Option<TableView>,
     pub(crate) staging: Option<StagingView>,
+    pub(crate) claims: Claims,
     /// By the client's own numbers.
     pub(crate) regions: BTreeMap<u32, Seat>,
     /// Slices of the table in use: first word -> the region and its pages.
@@ -104,6 +106,7 @@ impl Session {
             lives: Lives::default(),
             table: None,
             staging: None,
+            claims: Claims::default(),
             regions: BTreeMap::new(),
             slices: BTreeMap::new(),
             waiting: VecDeque::new(),

@@ -157,6 +157,15 @@ fn child_that_merges() {
 fn knobs_are_the_kernels() {
     let broker = Broker::start("knobs");
     let mut client = FakeClient::new(&broker);
+    let advised = client
+        .ask(Question::Set {
+            knob: "pages_to_scan".into(),
+            value: "77".into(),
+        })
+        .unwrap_err();
+    assert_eq!(advised.0, ErrorCode::InvalidValue);
+    assert!(advised.1.contains("advisor_mode=none"), "{advised:?}");
+    client.set("advisor_mode", "none");
     client.set("pages_to_scan", "77");
     assert_eq!(
         client.ask(Question::Get("pages_to_scan".into())),

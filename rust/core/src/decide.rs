@@ -335,6 +335,7 @@ impl Core {
         for _ in 0..2 {
             let requested = self.pace.is_requested();
             if !requested && (self.tunables.run != run::RUN || !self.has_anything_to_scan()) {
+                self.advisor.stand_still();
                 return self.quiet();
             }
             if !requested && let Some(wake) = self.batch_over() {
@@ -363,6 +364,11 @@ impl Core {
                 self.end_round(nothing);
             } else {
                 self.events.full_scans += 1;
+                if self.tunables.is_advised()
+                    && let Some(pages) = self.advisor.end_pass(self.now, &self.tunables)
+                {
+                    self.tunables.pages_to_scan = pages;
+                }
                 self.pace.batch_left = 0;
                 self.pace.wake = Some(self.now + self.pause());
             }
@@ -393,12 +399,23 @@ impl Core {
             return Some(wake);
         }
         self.pace.wake = None;
-        self.pace.begin_batch(self.tunables.pages_to_scan);
-        (self.pace.batch_left == 0).then(|| self.now + self.pause().max(RETRY))
+        self.pace.begin_batch(self.tunables.pages_to_scan, self.pause());
+        if self.pace.batch_left > 0 {
+            return None;
+        }
+        // All of it was looked at in advance, or there is nothing to a batch.
+        let wait = if self.tunables.pages_to_scan == 0 {
+            self.pause().max(RETRY)
+        } else {
+            self.pause()
+        };
+        self.pace.wake = Some(self.now + wait);
+        self.pace.wake
     }
 
     fn begin_pass(&mut self) {
         self.pass = self.pass.wrapping_add(1).max(1);
+        self.advisor.begin_pass();
         self.unstable.empty(&mut self.pages);
         self.each_client(|client| {
             client.scan = Default::default();
@@ -426,6 +443,9 @@ impl Core {
         let share = (self.tunables.pages_to_scan / self.in_pass.max(1)).max(WINDOW);
         let want = if requested {
             REQUESTED_SCAN
+        } else if self.tunables.is_advised() && self.pace.batch_left > 0 {
+            // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
+            self.pace.batch_left.min(share).max(WINDOW)
         } else {
             self.pace.batch_left.min(share)
         };
@@ -448,6 +468,7 @@ impl Core {
         }
         if !requested {
             self.pace.spend(chosen, self.tunables.pages_to_scan);
+            self.advisor.look(self.now, self.pause());
         }
         let order = self.open(id, Task::Scan(ranges.clone()));
         Some(Decision::Scan {

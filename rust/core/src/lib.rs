@@ -6,10 +6,11 @@
 //!
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `frame`, `rmap` and `limbo`
 //! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `plan` and
-//! `pace` decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
+//! `pace` (with `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
+mod advisor;
 mod answer;
 mod born;
 mod checksum;
@@ -44,8 +45,9 @@ pub use pace::{MergeReport, MergeTicket};
 pub use page::{PageNumber, PageRange, Run, WINDOW};
 pub use region::{ClientId, Kind, RegionId};
 pub use stats::{METADATA_PER_PAGE, PAGE_SIZE, ProcessStats, Stats};
-pub use tunables::{TunableError, Tunables};
+pub use tunables::{AdvisorMode, TunableError, Tunables};
 
+use advisor::Advisor;
 use client::Client;
 use founding::{FoundingId, Foundings};
 use order::{Orders, Task};
@@ -93,6 +95,7 @@ pub struct Core {
     rmap: Rmap,
     orders: Orders,
     pace: Pace,
+    advisor: Advisor,
     events: Events,
     queues: [VecDeque<ClientId>; 3],
     /// Clients with work left in this pass.
@@ -121,6 +124,7 @@ impl Core {
             rmap: Rmap::new(slots),
             orders: Orders::default(),
             pace: Pace::default(),
+            advisor: Advisor::default(),
             events: Events::default(),
             queues: Default::default(),
             in_pass: 0,
@@ -147,13 +151,23 @@ impl Core {
         self.pace.cancel(ticket);
     }
 
+    /// CPU time that scanning and merging in this domain took: the driver's own, and what clients report of theirs. The advisor
+    /// weighs it when the pass ends.
+    pub fn spent(&mut self, cpu: Duration) {
+        self.advisor.spend(cpu);
+    }
+
     /// Sets a knob.
     ///
     /// # Errors
     /// [`TunableError`]; nothing changes then.
     pub fn set(&mut self, knob: &str, value: &str) -> Result<(), TunableError> {
-        let before = self.tunables.run;
+        let (before, mode) = (self.tunables.run, self.tunables.advisor_mode);
         self.tunables.set(knob, value, u64::from(self.rmap.shared))?;
+        if mode != self.tunables.advisor_mode {
+            self.advisor.reset();
+            self.pace.start_afresh();
+        }
         if before != self.tunables.run && self.tunables.run == tunables::run::UNMERGE {
             self.begin_unmerge();
         }

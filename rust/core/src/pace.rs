@@ -37,6 +37,8 @@ pub(crate) struct Pace {
     pub batch_left: u32,
     /// Pages that the last batch left to this one.
     carried: u32,
+    /// Pages of batches to come that were looked at already.
+    ahead: u32,
     /// When the next batch begins, once the last is over.
     pub wake: Option<Duration>,
     /// Rounds begun.
@@ -55,6 +57,7 @@ impl Default for Pace {
         Pace {
             batch_left: 0,
             carried: 0,
+            ahead: 0,
             // The first batch begins at once.
             wake: Some(Duration::ZERO),
             round: 0,
@@ -68,17 +71,29 @@ impl Default for Pace {
 }
 
 impl Pace {
-    pub(crate) fn begin_batch(&mut self, pages_to_scan: u32) {
-        self.batch_left = pages_to_scan.saturating_add(std::mem::take(&mut self.carried));
+    pub(crate) fn begin_batch(&mut self, pages_to_scan: u32, pause: Duration) {
+        let pages = pages_to_scan.saturating_add(std::mem::take(&mut self.carried));
+        if pause.is_zero() {
+            // No time lies between batches that an empty one could spare.
+            self.ahead = 0;
+        }
+        self.batch_left = pages.saturating_sub(self.ahead);
+        self.ahead = self.ahead.saturating_sub(pages);
     }
 
-    /// So many pages of the batch are being looked at. Less than a window of a batch that had room for one is left to the next
+    /// So many pages are being looked at; if that is more than the batch has left, the next ones are shorter. Less than a window of a batch that had room for one is left to the next
     /// batch: a window looked at in two batches would merge in two runs, and split the huge page that it may be.
     pub(crate) fn spend(&mut self, pages: u32, pages_to_scan: u32) {
+        self.ahead = self.ahead.saturating_add(pages.saturating_sub(self.batch_left));
         self.batch_left = self.batch_left.saturating_sub(pages);
         if self.batch_left < WINDOW && pages_to_scan >= WINDOW {
             self.carried = std::mem::take(&mut self.batch_left);
         }
+    }
+
+    /// Somebody else sets `pages_to_scan` now.
+    pub(crate) fn start_afresh(&mut self) {
+        (self.ahead, self.carried) = (0, 0);
     }
 
     pub(crate) fn is_requested(&self) -> bool {
@@ -137,6 +152,8 @@ impl Pace {
 mod tests {
     use super::*;
 
+    const PAUSE: Duration = Duration::from_millis(20);
+
     #[test]
     fn a_request_ends_with_a_whole_round_without_merges() {
         let mut pace = Pace {
@@ -165,17 +182,33 @@ mod tests {
     #[test]
     fn what_is_left_of_a_batch_goes_to_the_next_where_a_window_would_be_cut() {
         let mut pace = Pace::default();
-        pace.begin_batch(1024);
+        pace.begin_batch(1024, PAUSE);
         pace.spend(511, 1024);
         assert_eq!(pace.batch_left, 513);
         pace.spend(512, 1024);
         assert_eq!(pace.batch_left, 0);
-        pace.begin_batch(1024);
+        pace.begin_batch(1024, PAUSE);
         assert_eq!(pace.batch_left, 1025);
-        pace.spend(2000, 1024);
-        pace.begin_batch(100);
+        pace.spend(1025, 1024);
+        pace.begin_batch(100, PAUSE);
         pace.spend(99, 100);
         assert_eq!(pace.batch_left, 1, "small batches cut windows anyway");
+    }
+
+    #[test]
+    fn what_was_looked_at_in_advance_is_missing_in_the_next_batches() {
+        let mut pace = Pace::default();
+        let batches = [100; 7].map(|pages| {
+            pace.begin_batch(pages, PAUSE);
+            if pace.batch_left == 0 {
+                return 0;
+            }
+            pace.spend(512, pages);
+            512
+        });
+        assert_eq!(batches, [512, 0, 0, 0, 0, 512, 0]);
+        pace.begin_batch(100, Duration::ZERO);
+        assert_eq!(pace.batch_left, 100, "without pauses nothing is ahead of anything");
     }
 
     #[test]

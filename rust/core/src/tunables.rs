@@ -3,6 +3,7 @@
 //! Values come and go as text, as under /sys/kernel/mm/ksm; a refused value changes nothing. Defaults differ where the
 //! kernel's are known to be poor. Never acts on a knob: `decide.rs` and the trees read them.
 
+use crate::advisor;
 use serde::{Deserialize, Serialize};
 
 /// Why a knob was not set or read.
@@ -32,7 +33,43 @@ pub enum TunableError {
         /// Frames in use.
         pages_shared: u64,
     },
+    /// The advisor sets `pages_to_scan`.
+    #[error("pages_to_scan cannot be set while the advisor sets it; set advisor_mode=none first")]
+    Advised,
 }
+
+/// Who sets `pages_to_scan`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AdvisorMode {
+    /// Whoever sets the knob.
+    None,
+    /// The advisor, so that a pass takes `advisor_target_scan_time`.
+    ScanTime,
+}
+
+impl AdvisorMode {
+    /// The kernel's names.
+    const NAMES: [(&'static str, AdvisorMode); 2] = [("none", AdvisorMode::None), ("scan-time", AdvisorMode::ScanTime)];
+
+    fn name(self) -> &'static str {
+        match self {
+            AdvisorMode::None => "none",
+            AdvisorMode::ScanTime => "scan-time",
+        }
+    }
+
+    fn parse(value: &str) -> Result<AdvisorMode, TunableError> {
+        let known = AdvisorMode::NAMES.iter().find(|(name, _)| *name == value.trim());
+        known.map(|&(_, mode)| mode).ok_or_else(|| TunableError::Invalid {
+            knob: "advisor_mode",
+            value: value.to_owned(),
+            allowed: "none or scan-time".to_owned(),
+        })
+    }
+}
+
+/// Pages per batch where no advisor says so: the kernel's 100 every 20 ms are 20 MB/s.
+const DEFAULT_PAGES_TO_SCAN: u32 = 1024;
 
 /// What `run` asks for.
 pub(crate) mod run {
@@ -47,7 +84,7 @@ pub(crate) mod run {
 pub struct Tunables {
     /// 0 stop and keep what is merged, 1 run, 2 stop and unmerge everything.
     pub run: u32,
-    /// Pages per batch, over all clients.
+    /// Pages per batch, over all clients; what the advisor said last, if it is on.
     pub pages_to_scan: u32,
     /// Pause between batches.
     pub sleep_millisecs: u32,
@@ -63,13 +100,13 @@ pub struct Tunables {
     pub smart_scan: u32,
     /// Whether runs shorter than a huge page merge where that splits a huge page. Not among the kernel's knobs: it always splits.
     pub split_huge_pages: u32,
-    /// Only `none` so far.
-    pub advisor_mode: String,
-    /// Percent of a CPU the advisor may spend.
+    /// Who sets `pages_to_scan`.
+    pub advisor_mode: AdvisorMode,
+    /// Percent of one CPU the advisor may spend, over the broker and all clients.
     pub advisor_max_cpu: u32,
     /// Seconds in which the advisor wants a pass done.
     pub advisor_target_scan_time: u32,
-    /// The advisor's lower bound of `pages_to_scan`.
+    /// Where the advisor starts.
     pub advisor_min_pages_to_scan: u32,
     /// The advisor's upper bound of `pages_to_scan`.
     pub advisor_max_pages_to_scan: u32,
@@ -79,7 +116,7 @@ impl Default for Tunables {
     fn default() -> Tunables {
         Tunables {
             run: run::RUN,
-            pages_to_scan: 1024,
+            pages_to_scan: 500,
             sleep_millisecs: 20,
             merge_across_nodes: 1,
             use_zero_pages: 1,
@@ -87,7 +124,7 @@ impl Default for Tunables {
             stable_node_chains_prune_millisecs: 2000,
             smart_scan: 1,
             split_huge_pages: 1,
-            advisor_mode: "none".to_owned(),
+            advisor_mode: AdvisorMode::ScanTime,
             advisor_max_cpu: 70,
             advisor_target_scan_time: 200,
             advisor_min_pages_to_scan: 500,
@@ -113,7 +150,7 @@ macro_rules! numeric_knobs {
             pub fn get(&self, knob: &str) -> Result<String, TunableError> {
                 match knob {
                     $(stringify!($name) => Ok(self.$name.to_string()),)*
-                    "advisor_mode" => Ok(self.advisor_mode.clone()),
+                    "advisor_mode" => Ok(self.advisor_mode.name().to_owned()),
                     _ => Err(TunableError::Unknown { knob: knob.to_owned() }),
                 }
             }
@@ -126,15 +163,16 @@ macro_rules! numeric_knobs {
                         if number != self.$name {
                             refuse_if_busy(stringify!($name), pages_shared)?;
                         }
+                        if stringify!($name) == "pages_to_scan" && self.is_advised() {
+                            return Err(TunableError::Advised);
+                        }
                         self.$name = number;
                         Ok(())
                     })*
-                    "advisor_mode" if value.trim() == "none" => Ok(()),
-                    "advisor_mode" => Err(TunableError::Invalid {
-                        knob: "advisor_mode",
-                        value: value.to_owned(),
-                        allowed: "none".to_owned(),
-                    }),
+                    "advisor_mode" => {
+                        self.change_mode(AdvisorMode::parse(value)?);
+                        Ok(())
+                    }
                     _ => Err(TunableError::Unknown { knob: knob.to_owned() }),
                 }
             }
@@ -152,10 +190,28 @@ numeric_knobs! {
     stable_node_chains_prune_millisecs 0 u32::MAX,
     smart_scan 0 1,
     split_huge_pages 0 1,
-    advisor_max_cpu 0 100,
+    advisor_max_cpu 0 u32::MAX,
     advisor_target_scan_time 1 u32::MAX,
     advisor_min_pages_to_scan 0 u32::MAX,
     advisor_max_pages_to_scan 0 u32::MAX,
+}
+
+impl Tunables {
+    /// Whether the advisor sets `pages_to_scan`.
+    pub(crate) fn is_advised(&self) -> bool {
+        self.advisor_mode == AdvisorMode::ScanTime
+    }
+
+    /// Another mode begins with a number of pages of its own, as in the kernel.
+    fn change_mode(&mut self, mode: AdvisorMode) {
+        if mode != self.advisor_mode {
+            self.advisor_mode = mode;
+            self.pages_to_scan = match mode {
+                AdvisorMode::None => DEFAULT_PAGES_TO_SCAN,
+                AdvisorMode::ScanTime => advisor::first(self),
+            };
+        }
+    }
 }
 
 fn parse(knob: &'static str, value: &str, low: u32, high: u32) -> Result<u32, TunableError> {
@@ -181,13 +237,48 @@ mod tests {
     #[test]
     fn every_knob_reads_back_what_was_set() {
         let mut tunables = Tunables::default();
+        tunables.set("advisor_mode", "none", 1).unwrap();
+        let before = tunables.clone();
         for &knob in Tunables::NAMES {
             let value = tunables.get(knob).unwrap();
             assert_eq!(tunables.set(knob, &value, 1), Ok(()));
         }
-        assert_eq!(tunables, Tunables::default());
+        assert_eq!(tunables, before);
         tunables.set("pages_to_scan", " 77\n", 0).unwrap();
         assert_eq!(tunables.get("pages_to_scan").unwrap(), "77");
+    }
+
+    #[test]
+    fn pages_to_scan_is_the_advisors_while_it_is_on() {
+        let mut tunables = Tunables::default();
+        assert_eq!(tunables.get("advisor_mode").unwrap(), "scan-time");
+        for value in ["77", "500"] {
+            let refusal = tunables.set("pages_to_scan", value, 0).unwrap_err();
+            assert_eq!(
+                refusal.to_string(),
+                "pages_to_scan cannot be set while the advisor sets it; set advisor_mode=none first"
+            );
+        }
+        tunables.set("advisor_mode", "scan-time\n", 0).unwrap();
+        assert_eq!(tunables, Tunables::default());
+        tunables.set("advisor_mode", "none", 0).unwrap();
+        assert_eq!(tunables.pages_to_scan, DEFAULT_PAGES_TO_SCAN);
+        tunables.set("pages_to_scan", "77", 0).unwrap();
+        tunables.set("advisor_mode", "none", 0).unwrap();
+        assert_eq!(tunables.pages_to_scan, 77, "the same mode changes nothing");
+        tunables.set("advisor_min_pages_to_scan", "800", 0).unwrap();
+        tunables.set("advisor_mode", "scan-time", 0).unwrap();
+        assert_eq!(tunables.pages_to_scan, 800);
+    }
+
+    #[test]
+    fn knobs_without_effect_of_their_own_have_the_kernels_range() {
+        let mut tunables = Tunables::default();
+        for (value, fits) in [("0", true), ("4294967295", true), ("4294967296", false), ("-1", false)] {
+            for knob in ["stable_node_chains_prune_millisecs", "advisor_max_cpu"] {
+                assert_eq!(tunables.set(knob, value, 9).is_ok(), fits, "{knob}={value}");
+            }
+        }
     }
 
     #[test]
@@ -207,7 +298,7 @@ mod tests {
             );
         }
         assert!(matches!(
-            tunables.set("advisor_mode", "scan-time", 0),
+            tunables.set("advisor_mode", "[none] scan-time", 0),
             Err(TunableError::Invalid { .. })
         ));
         assert!(matches!(

@@ -90,6 +90,7 @@ fn a_background_merge_takes_two_passes() {
 #[test]
 fn batches_keep_the_pace_that_the_knobs_set() {
     let (mut world, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
+    world.core.set("advisor_mode", "none").unwrap();
     world.core.set("pages_to_scan", "2048").unwrap();
     world.core.set("sleep_millisecs", "50").unwrap();
     world.settle();
@@ -101,6 +102,78 @@ fn batches_keep_the_pace_that_the_knobs_set() {
     world.core.set("run", "0").unwrap();
     world.now = Duration::from_secs(9);
     assert_eq!(world.wait(), Next::Idle);
+}
+
+/// Passes in the background until so many are over: what each batch looked at.
+fn batches_of(world: &mut World, passes: u64, cpu: Duration) -> Vec<u64> {
+    let mut batches = Vec::new();
+    while world.core.stats().full_scans < passes {
+        let before = world.core.stats().pages_scanned;
+        world.settle();
+        batches.push(world.core.stats().pages_scanned - before);
+        world.core.spent(cpu);
+        world.now += Duration::from_millis(20);
+    }
+    batches
+}
+
+#[test]
+fn the_advisor_looks_at_whole_windows_and_keeps_the_average() {
+    let (mut world, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
+    let batches = batches_of(&mut world, 1, Duration::from_millis(10));
+    assert!(
+        batches.iter().all(|pages| pages % u64::from(WINDOW) == 0),
+        "{batches:?}"
+    );
+    // 32 windows at 500 pages for each 20 ms.
+    assert_eq!(batches.iter().sum::<u64>(), u64::from(2 * PAGES));
+    assert_eq!(batches.len(), 33, "{batches:?}");
+    assert_eq!(batches.iter().filter(|&&pages| pages == 0).count(), 1);
+}
+
+#[test]
+fn the_advisor_spends_between_ten_and_seventy_percent() {
+    let (mut world, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
+    let pages_to_scan = |world: &World| world.core.tunables().pages_to_scan;
+    assert_eq!(pages_to_scan(&world), 500);
+    // Half the time is spent at work: 10 pages per percent, and the target of 200 s wants less than the floor of 10 %.
+    batches_of(&mut world, 1, Duration::from_millis(10));
+    assert!(
+        (100..=110).contains(&pages_to_scan(&world)),
+        "{}",
+        pages_to_scan(&world)
+    );
+    // Hardly any work: ten times as much, then the bound.
+    for passes in 2..6 {
+        batches_of(&mut world, passes, Duration::ZERO);
+    }
+    assert_eq!(pages_to_scan(&world), 30_000);
+    world.core.set("advisor_mode", "none").unwrap();
+    assert_eq!(pages_to_scan(&world), 1024);
+    batches_of(&mut world, 8, Duration::ZERO);
+    assert_eq!(pages_to_scan(&world), 1024, "nobody advises");
+    world.core.set("advisor_mode", "scan-time").unwrap();
+    assert_eq!(pages_to_scan(&world), 500);
+}
+
+#[test]
+fn a_merge_on_request_asks_no_advisor() {
+    let report = |min: &str| {
+        let (mut world, _) = clients(2, PAGES, |_, i| 10 + i);
+        world.core.set("advisor_mode", "none").unwrap();
+        world.core.set("advisor_min_pages_to_scan", min).unwrap();
+        world.core.set("advisor_mode", "scan-time").unwrap();
+        let before = world.now;
+        let report = world.merge();
+        assert_eq!(world.now, before, "no pause");
+        assert_eq!(
+            world.core.get("pages_to_scan").unwrap(),
+            min,
+            "its rounds say nothing about passes"
+        );
+        report
+    };
+    assert_eq!(report("1"), report("30000"));
 }
 
 #[test]
@@ -140,6 +213,8 @@ fn a_vma_budget_is_spent_on_the_longest_runs() {
 #[test]
 fn a_silent_client_holds_nobody_up() {
     let (mut world, ids) = clients(3, WINDOW, |_, i| 10 + i);
+    // The fruitless round ends the merge; what the others have is merged by the next batch, which is to hold both their windows.
+    world.core.set("advisor_mode", "none").unwrap();
     // The second client is asked to stage its pages, and sleeps.
     let ticket = world.core.request_merge(world.now);
     world.pump(1);

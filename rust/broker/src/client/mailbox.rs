@@ -12,7 +12,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Something for the remapper to do.
 pub(super) enum Event {
@@ -32,8 +32,8 @@ pub(super) enum Event {
     Message(u32, ToClient, Option<OwnedFd>),
     /// From the wire thread of this connection: it ended, and why.
     Closed(u32, String),
-    /// From the scanner, for this connection: a Scan is done.
-    Scanned(u32, u32, Tally),
+    /// From the scanner, for this connection: a Scan is done, and what CPU time the scanner took since the last one.
+    Scanned(u32, u32, Tally, Duration),
     /// From the scanner, for this connection: a Stage is done, page by page.
     Staged(u32, u32, Vec<bool>),
 }

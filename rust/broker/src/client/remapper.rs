@@ -13,6 +13,7 @@ use super::orders::{self, Desk};
 use super::scanner::{self, Job};
 use super::session::{Session, Stage};
 use super::{Bequest, ConnectOptions, Error};
+use crate::cpu::Stopwatch;
 use crate::wire::{self, Answer, Failure, Lineage, ScanCounts, ToBroker, ToClient};
 use born::Birth;
 use ksmrs_sys::life::LifePage;
@@ -94,6 +95,8 @@ struct Remapper {
     /// Who children are born of now, and where they find that and whether a broker is wanted.
     lineage: Option<Lineage>,
     bequest: &'static Mutex<Bequest>,
+    /// Its CPU time from Scanned to Scanned.
+    stopwatch: Stopwatch,
 }
 
 impl Remapper {
@@ -138,6 +141,7 @@ impl Remapper {
             birth: Birth::default(),
             lineage: None,
             bequest,
+            stopwatch: Stopwatch::start(),
         })
     }
 
@@ -244,11 +248,12 @@ impl Remapper {
                 self.lost(&why);
                 self.retry();
             }
-            Event::Scanned(link, order, tally) if self.is_current(link) => {
+            Event::Scanned(link, order, tally, scanner) if self.is_current(link) => {
                 let counts = ScanCounts {
                     read: tally.checksummed,
                     clean: 0,
                     passed_over: 0,
+                    cpu_micros: u32::try_from((scanner + self.stopwatch.lap()).as_micros()).unwrap_or(u32::MAX),
                 };
                 self.report(&ToBroker::Scanned { order, counts }, tally.broken > 0);
             }

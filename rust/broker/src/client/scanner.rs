@@ -4,6 +4,7 @@
 //! program could wait for, and it stops early when the connection that it works for is gone.
 
 use super::mailbox::{Event, Mailbox};
+use crate::cpu::Stopwatch;
 use ksmrs_sys::checksum::Checksummer;
 use ksmrs_sys::pagemap::Pagemap;
 use ksmrs_sys::protocol::{Page, Span};
@@ -56,6 +57,7 @@ pub(super) fn start(
 
 fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &AtomicU32) {
     let mut tools: Option<ScanTools> = None;
+    let mut stopwatch = Stopwatch::start();
     for job in jobs {
         match job {
             Job::Domain(link, checksummer, store) => {
@@ -72,7 +74,7 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
                 let Some(tools) = &mut tools else { continue };
                 let stands = || current.load(Ordering::Acquire) == link;
                 let tally = scan(&spans, pass, tools, &stands);
-                mailbox.push(Event::Scanned(link, order, tally));
+                mailbox.push(Event::Scanned(link, order, tally, stopwatch.lap()));
             }
             Job::Stage { link, order, pages } => {
                 let copied = pages.iter().enumerate().map(|(index, page)| {

@@ -137,7 +137,7 @@ pub struct RunOutcome {
     pub failure: Option<Failure>,
 }
 
-/// What a scan did, for the log and the statistics; the words tell what was found.
+/// What a scan did and took; the words tell what was found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ScanCounts {
     /// Pages whose memory was read.
@@ -146,6 +146,8 @@ pub struct ScanCounts {
     pub clean: u32,
     /// Pages without memory, transient or held.
     pub passed_over: u32,
+    /// CPU time of the client's scanner and remapper since its last such report, in microseconds: for the advisor.
+    pub cpu_micros: u32,
 }
 
 /// Why pages are to be unmerged.

@@ -99,6 +99,7 @@ pub fn step() -> impl Strategy<Value = Step> {
             Just(("run", 0)), Just(("run", 1)), Just(("run", 1)), Just(("run", 1)), Just(("run", 2)),
             Just(("use_zero_pages", 0)), Just(("use_zero_pages", 1)), Just(("max_page_sharing", 3)),
             Just(("max_page_sharing", 256)), Just(("pages_to_scan", 7)), Just(("smart_scan", 0)),
+            Just(("advisor_max_pages_to_scan", 7)),
         ].prop_map(|(knob, value)| Step::Set { knob, value }),
         3 => Just(Step::Merge),
     ]
@@ -140,7 +141,12 @@ pub fn apply(world: &mut World, step: &Step) {
         Step::Stop { client, stopped } => with(world, client, &|world, id| world.stop(id, stopped)),
         Step::Die { client } => with(world, client, &World::die),
         Step::Pass { millis } => world.now += Duration::from_millis(millis),
-        Step::Set { knob, value } => drop(world.core.set(knob, &value.to_string())),
+        Step::Set { knob, value } => {
+            if knob == "pages_to_scan" {
+                drop(world.core.set("advisor_mode", "none"));
+            }
+            drop(world.core.set(knob, &value.to_string()));
+        }
         Step::Merge => {
             let ticket = world.core.request_merge(world.now);
             world.tickets.push(ticket);
