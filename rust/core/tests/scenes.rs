@@ -189,6 +189,29 @@ fn max_page_sharing_makes_chains() {
 }
 
 #[test]
+fn a_chain_loses_a_frame_with_the_last_reference_to_it() {
+    let (mut world, _) = clients(1, 400, |_, _| 10);
+    world.core.set("max_page_sharing", "100").unwrap();
+    world
+        .core
+        .set("stable_node_chains_prune_millisecs", "4294967295")
+        .unwrap();
+    world.merge();
+    assert_eq!(world.core.stats().stable_node_dups, 4);
+    world.core.set("run", "2").unwrap();
+    world.settle();
+    assert_eq!(world.core.stats().pages_shared, 0);
+    assert_eq!(world.core.stats().stable_node_dups, 4, "a child could still show them");
+    world.seal_everything();
+    let stats = world.core.stats();
+    assert_eq!(
+        (stats.stable_node_chains, stats.stable_node_dups),
+        (0, 0),
+        "no time has passed"
+    );
+}
+
+#[test]
 fn a_vma_budget_is_spent_on_the_longest_runs() {
     // Two long stretches, and pages that equal each other only one by one.
     let content = |n: u32, i: u32| {
