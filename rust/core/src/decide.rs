@@ -427,7 +427,7 @@ impl Core {
     fn begin_round(&mut self) {
         self.begin_pass();
         self.pace.round += 1;
-        self.pace.merged_at_round = self.events.merges;
+        (self.pace.merged_at_round, self.pace.disturbed) = (self.events.merges, false);
     }
 
     fn end_round(&mut self, nothing_to_scan: bool) {

@@ -45,6 +45,8 @@ pub(crate) struct Pace {
     pub round: u64,
     /// Merges when the round began.
     pub merged_at_round: u64,
+    /// A client fell silent in this round, and with it what others waited for: that nothing merged says nothing.
+    pub disturbed: bool,
     requests: Vec<Request>,
     over: Vec<(MergeTicket, MergeReport)>,
     last_ticket: u32,
@@ -62,6 +64,7 @@ impl Default for Pace {
             wake: Some(Duration::ZERO),
             round: 0,
             merged_at_round: 0,
+            disturbed: false,
             requests: Vec::new(),
             over: Vec::new(),
             last_ticket: 0,
@@ -118,7 +121,7 @@ impl Pace {
 
     /// A round is over; ends the requests that it satisfies. Without anything to scan all of them are.
     pub(crate) fn end_round(&mut self, now: Duration, merged: u64, scanned: u64, nothing_to_scan: bool) {
-        let fruitless = merged == self.merged_at_round;
+        let fruitless = merged == self.merged_at_round && !self.disturbed;
         let round = self.round;
         let over = &mut self.over;
         self.requests.retain(|request| {

@@ -236,8 +236,8 @@ fn a_vma_budget_is_spent_on_the_longest_runs() {
 #[test]
 fn a_silent_client_holds_nobody_up() {
     let (mut world, ids) = clients(3, WINDOW, |_, i| 10 + i);
-    // The fruitless round ends the merge; what the others have is merged by the next batch, which is to hold both their windows.
-    world.core.set("advisor_mode", "none").unwrap();
+    // Only the merge on request is to merge here.
+    world.core.set("run", "0").unwrap();
     // The second client is asked to stage its pages, and sleeps.
     let ticket = world.core.request_merge(world.now);
     world.pump(1);
