@@ -106,7 +106,8 @@ class Ours(Engine):
         self.name = "ksmrs shared" if shared else "ksmrs private"
 
     def get(self, name: str) -> int:
-        return int(getattr(ksmrs.stats() if hasattr(ksmrs.stats(), name) else ksmrs.tunables, name))
+        counters = ksmrs.stats()
+        return int(getattr(counters if hasattr(counters, name) else ksmrs.tunables, name))
 
     def set(self, name: str, value: int | str) -> None:
         setattr(ksmrs.tunables, name, value)

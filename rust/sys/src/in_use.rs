@@ -23,40 +23,35 @@ pub(crate) struct Alone<'a>(&'a InUse);
 impl InUse {
     /// Enters, once nobody is or wants to be alone.
     pub(crate) fn enter(&self) -> Inside<'_> {
-        loop {
-            let seen = self.0.load(Ordering::Relaxed);
-            if seen & CLOSING != 0 {
-                futex::wait(&self.0, seen, None);
-            } else if self
-                .0
-                .compare_exchange_weak(seen, seen + 1, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-            {
-                return Inside(self);
-            }
-        }
+        self.change_when_open(|readers| readers + 1);
+        Inside(self)
     }
 
     /// Waits until everyone has left.
     pub(crate) fn alone(&self) -> Alone<'_> {
-        loop {
-            let seen = self.0.load(Ordering::Relaxed);
-            if seen & CLOSING != 0 {
-                futex::wait(&self.0, seen, None);
-            } else if self
-                .0
-                .compare_exchange_weak(seen, seen | CLOSING, Ordering::Acquire, Ordering::Relaxed)
-                .is_ok()
-            {
-                break;
-            }
-        }
+        self.change_when_open(|readers| readers | CLOSING);
         loop {
             let seen = self.0.load(Ordering::Acquire);
             if seen == CLOSING {
                 return Alone(self);
             }
             futex::wait(&self.0, seen, None);
+        }
+    }
+
+    fn change_when_open(&self, change: impl Fn(u32) -> u32) {
+        loop {
+            let seen = self.0.load(Ordering::Relaxed);
+            if seen & CLOSING != 0 {
+                futex::wait(&self.0, seen, None);
+                continue;
+            }
+            let changed = self
+                .0
+                .compare_exchange_weak(seen, change(seen), Ordering::Acquire, Ordering::Relaxed);
+            if changed.is_ok() {
+                return;
+            }
         }
     }
 

@@ -8,6 +8,7 @@
 use crate::error::{SysError, last_errno};
 use crate::object::TMPFS_MAGIC;
 use crate::sharers::ObjectId;
+use crate::sysctl;
 use core::mem::MaybeUninit;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
@@ -134,8 +135,7 @@ impl Description {
 
     /// How long the kernel lets somebody wait for a lease to end before it ends it itself; zero: for ever.
     pub fn break_time() -> Duration {
-        let seconds = std::fs::read_to_string("/proc/sys/fs/lease-break-time").ok();
-        Duration::from_secs(seconds.and_then(|seconds| seconds.trim().parse().ok()).unwrap_or(45))
+        Duration::from_secs(sysctl::read("fs/lease-break-time").unwrap_or(45))
     }
 
     /// Gives the lease up: whoever waits goes on.

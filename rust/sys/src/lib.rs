@@ -39,6 +39,7 @@ pub mod sigmask;
 pub mod signal;
 pub mod staging;
 pub mod store;
+pub mod sysctl;
 pub mod window;
 pub mod word;
 mod words;

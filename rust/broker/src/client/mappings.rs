@@ -1,9 +1,11 @@
 //! How many mappings this process may still spend on merging: the kernel allows it a number, and the program needs the rest.
 //!
 //! Counting reads all of /proc/self/maps, so it is done when what was counted last may be used up, and now and then, for the
-//! program maps too. Relies on being told of every Map that is carried out; never refuses what certainly fits.
+//! program maps too. Relies on being told of every Map that is carried out. The order that reaches the line is still carried out: what is
+//! kept for the program, a quarter of the limit, has room for it.
 
 use crate::wire::Run;
+use ksmrs_sys::sysctl;
 
 /// Map orders between two counts at most: the program's own mappings grow unseen meanwhile.
 const ORDERS: u32 = 32;
@@ -18,8 +20,8 @@ pub(super) struct Mappings {
 }
 
 impl Mappings {
-    /// Whether these runs may be mapped, however many mappings they take.
-    pub(super) fn suffice_for(&mut self, runs: &[Run]) -> bool {
+    /// Whether merging may take any more, after a look where these runs may use up what the last look left.
+    pub(super) fn have_room_for(&mut self, runs: &[Run]) -> bool {
         // At worst every other page of a run changed, and each page that did not is a mapping between two others.
         let worst = runs.iter().map(|run| usize::from(run.pages) + 1).sum();
         if self.orders == 0 || self.left < worst {
@@ -42,10 +44,7 @@ fn mergeable(limit: usize) -> usize {
 }
 
 fn limit() -> usize {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
-    limit
-        .and_then(|limit| limit.trim().parse().ok())
-        .unwrap_or(DEFAULT_LIMIT)
+    sysctl::read("vm/max_map_count").map_or(DEFAULT_LIMIT, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
 fn count() -> usize {
@@ -68,18 +67,18 @@ mod tests {
     #[test]
     fn is_counted_when_what_was_counted_may_be_used_up() {
         let mut mappings = Mappings::default();
-        assert!(mappings.suffice_for(&[run(512)]));
+        assert!(mappings.have_room_for(&[run(512)]));
         let counted = mappings.left;
         assert!(counted > 0 && counted < mergeable(limit()));
         mappings.spend(100);
-        assert!(mappings.suffice_for(&[run(512)]));
+        assert!(mappings.have_room_for(&[run(512)]));
         assert_eq!(mappings.left, counted - 200, "not counted again");
         mappings.spend(counted);
-        assert!(mappings.suffice_for(&[run(512)]));
+        assert!(mappings.have_room_for(&[run(512)]));
         assert!(mappings.left > counted / 2, "counted again");
         for _ in 0..ORDERS {
             mappings.left = usize::MAX;
-            mappings.suffice_for(&[]);
+            mappings.have_room_for(&[]);
         }
         assert_ne!(mappings.left, usize::MAX, "counted in its turn");
     }

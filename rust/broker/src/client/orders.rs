@@ -120,9 +120,9 @@ impl Desk {
             .collect()
     }
 
-    /// Whether this process is so near its limit of mappings that merging must not take more.
-    pub(super) fn has_too_many_mappings(&mut self, runs: &[Run]) -> bool {
-        !self.mappings.suffice_for(runs)
+    /// Whether this process is far enough from its limit of mappings for merging to take more.
+    pub(super) fn has_room_for(&mut self, runs: &[Run]) -> bool {
+        self.mappings.have_room_for(runs)
     }
 
     /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.

@@ -41,23 +41,29 @@ pub(super) fn begin(
     let mailbox = Arc::new(Mailbox::new());
     let (ready, begun) = channel();
     let theirs = mailbox.clone();
-    std::thread::Builder::new()
-        .name("ksmrs-remap".to_owned())
-        .spawn(move || {
-            sigmask::Blocked::for_good();
-            match Remapper::new(options, theirs, bequest) {
-                Ok(mut remapper) => {
-                    let _ = ready.send(Ok(remapper.table));
-                    remapper.run();
-                }
-                Err(error) => {
-                    let _ = ready.send(Err(error));
-                }
-            }
-        })
-        .map_err(|error| Error::Off(format!("no thread to remap with: {error}")))?;
+    let thread = spawn(move || match Remapper::new(options, theirs, bequest) {
+        Ok(mut remapper) => {
+            let _ = ready.send(Ok(remapper.table));
+            remapper.run();
+        }
+        Err(error) => {
+            let _ = ready.send(Err(error));
+        }
+    });
+    thread.map_err(|error| Error::Off(format!("no thread to remap with: {error}")))?;
     let table = begun.recv().unwrap_or(Err(Error::Lost))?;
     Ok((table, mailbox))
+}
+
+/// Starts the remapper's thread, in which no signal of the program's arrives.
+fn spawn(body: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+    let thread = std::thread::Builder::new().name("ksmrs-remap".to_owned());
+    thread
+        .spawn(move || {
+            sigmask::Blocked::for_good();
+            body();
+        })
+        .map(drop)
 }
 
 /// Pages that a process can opt in: twice the machine's memory.
@@ -457,7 +463,7 @@ impl Remapper {
         let Some((number, store)) = self.session.as_ref().and_then(|session| session.store.as_ref()) else {
             return Ok(());
         };
-        if self.desk.has_too_many_mappings(runs) {
+        if !self.desk.has_room_for(runs) {
             self.report(
                 &ToBroker::Failed {
                     order,

@@ -9,7 +9,7 @@ use crate::domain::Domain;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
 use crate::wire::{Lineage, ToClient};
-use ksmrs_sys::StoreNumber;
+use ksmrs_sys::{StoreNumber, sysctl};
 
 /// Domains of one broker; each has a store of its own.
 const MAX_DOMAINS: usize = 64;
@@ -73,7 +73,8 @@ impl Conductor {
         };
         let store_fd = domain.store.read_only()?;
         domain.core.client_joined(session.id);
-        if let Some(maximum) = max_map_count() {
+        // Merging may use a third.
+        if let Some(maximum) = sysctl::read("vm/max_map_count").and_then(|maximum| u32::try_from(maximum).ok()) {
             domain.core.set_budget(session.id, maximum / 3);
         }
         session.store = StoreNumber(number);
@@ -97,13 +98,4 @@ impl Conductor {
         };
         session.send(&welcome, Some(store_fd))
     }
-}
-
-/// `vm.max_map_count`, of which merging may use a third.
-fn max_map_count() -> Option<u32> {
-    std::fs::read_to_string("/proc/sys/vm/max_map_count")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
 }

@@ -237,38 +237,31 @@ impl FakeClient {
         let pages = contents.len() as u32;
         let first_word = self.table.take(pages).unwrap();
         self.pages[first_word as usize..][..contents.len()].copy_from_slice(&contents);
-        let region = self.next_region;
-        self.next_region += 1;
-        let position = (first_word % 512) as u16;
-        self.send(ToBroker::Join {
-            region,
-            kind: Kind::Private,
-            first_word,
-            pages,
-            position,
-            flags: 0,
-            object: None,
-        });
-        let answer = self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. }));
+        let (region, answer) = self.ask_to_join(first_word, pages, 0);
         assert_eq!(answer, ToClient::Joined { region, uncounted: 0 });
         (region, first_word)
     }
 
-    /// Joins words that name frames already; how many pages were not counted, or why it was refused.
-    pub fn join_born(&mut self, first_word: u32, pages: u32) -> Result<u32, String> {
+    /// Asks to join a private region; its number, and the answer.
+    fn ask_to_join(&mut self, first_word: u32, pages: u32, flags: u32) -> (u32, ToClient) {
         let region = self.next_region;
         self.next_region += 1;
-        let position = (first_word % 512) as u16;
         self.send(ToBroker::Join {
             region,
             kind: Kind::Private,
             first_word,
             pages,
-            position,
-            flags: BORN,
+            position: (first_word % 512) as u16,
+            flags,
             object: None,
         });
-        match self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. })) {
+        let answer = self.work_until(|message| matches!(message, ToClient::Joined { .. } | ToClient::Refused { .. }));
+        (region, answer)
+    }
+
+    /// Joins words that name frames already; how many pages were not counted, or why it was refused.
+    pub fn join_born(&mut self, first_word: u32, pages: u32) -> Result<u32, String> {
+        match self.ask_to_join(first_word, pages, BORN).1 {
             ToClient::Joined { uncounted, .. } => Ok(uncounted),
             ToClient::Refused { reason, .. } => Err(reason),
             _ => unreachable!("the filter lets nothing else through"),

@@ -5,7 +5,7 @@
 //! it made some: a break never fails.
 
 use super::lend::take_lent;
-use super::merge::private_again;
+use super::merge::{private_again, showing};
 use super::{Access, Kind, Memory, Page, Span, Words};
 use crate::failpoint::{self, Failpoint};
 use crate::mutant::{self, Mutant};
@@ -145,19 +145,7 @@ fn give_home<W: Words, M: Memory>(words: &W, memory: &M, span: Span, rest: impl 
     failpoint::hit(Failpoint::BreakMapped);
     for page in span.iter() {
         let word = words.load(page);
-        let shows = if word.frame().is_some() {
-            State::Merged
-        } else {
-            State::Zero
-        };
-        words.store(
-            page,
-            if done.is_ok() {
-                rest(word)
-            } else {
-                word.with_state(shows)
-            },
-        );
+        words.store(page, if done.is_ok() { rest(word) } else { showing(word) });
     }
     done
 }

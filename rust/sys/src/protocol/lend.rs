@@ -6,7 +6,7 @@
 //! in the client, when it runs again, maps the home over it (`take_lent`). The client never needs to know when it was stopped.
 
 use super::fault::continues;
-use super::merge::private_again;
+use super::merge::{private_again, showing};
 use super::{Memory, Page, Span, Words};
 use crate::failpoint::{self, Failpoint};
 use crate::word::{Origin, State, Word};
@@ -88,16 +88,6 @@ fn is_home(word: Word) -> bool {
         State::Homed => word.is_lent(),
         _ => false,
     }
-}
-
-/// Where a page goes that was claimed to be lent and was not.
-fn showing(word: Word) -> Word {
-    let shows = if word.frame().is_some() {
-        State::Merged
-    } else {
-        State::Zero
-    };
-    word.unlent().with_state(shows)
 }
 
 /// The client's side, when its broker ended: pages that it owned show their frames again.

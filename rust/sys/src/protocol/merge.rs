@@ -452,13 +452,8 @@ pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: boo
         failpoint::hit(Failpoint::SettlePunched);
         for page in part.iter() {
             let word = words.load(page);
-            let shows = if word.frame().is_some() {
-                State::Merged
-            } else {
-                State::Zero
-            };
             let rests = if alone || done.is_err() {
-                word.with_state(shows)
+                showing(word)
             } else {
                 private_again(word)
             };
@@ -471,6 +466,16 @@ pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: boo
         page = end;
     }
     trouble.map(|()| settled)
+}
+
+/// The word of a shared page that shows what it showed before somebody owned it: its frame, or zeros.
+pub(super) fn showing(word: Word) -> Word {
+    let shows = if word.frame().is_some() {
+        State::Merged
+    } else {
+        State::Zero
+    };
+    word.unlent().with_state(shows)
 }
 
 /// The word of a page that has its own memory again and lies over no slot.

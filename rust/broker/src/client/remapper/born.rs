@@ -10,7 +10,7 @@ use crate::client::mailbox::Event;
 use crate::client::orders;
 use crate::wire::{BORN, Lineage};
 use ksmrs_sys::page_table::ClientTable;
-use ksmrs_sys::{StoreNumber, life, sigmask};
+use ksmrs_sys::{StoreNumber, life};
 use std::collections::BTreeSet;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
@@ -99,15 +99,12 @@ pub(in crate::client) fn begin(
     let mailbox = Arc::new(Mailbox::new());
     let (born, wait) = channel();
     let theirs = mailbox.clone();
-    std::thread::Builder::new()
-        .name("ksmrs-remap".to_owned())
-        .spawn(move || {
-            sigmask::Blocked::for_good();
-            if wait.recv().is_ok() {
-                theirs.linger(Instant::now() + CHILDHOOD);
-                grow_up(options, bequest, &theirs, table, &regions);
-            }
-        })?;
+    super::spawn(move || {
+        if wait.recv().is_ok() {
+            theirs.linger(Instant::now() + CHILDHOOD);
+            grow_up(options, bequest, &theirs, table, &regions);
+        }
+    })?;
     Ok((mailbox, born))
 }
 

@@ -1,0 +1,21 @@
+//! The kernel's own knobs, as far as they are numbers. Only reads them.
+
+use std::path::Path;
+
+/// A knob below /proc/sys, such as `vm/max_map_count`; `None` where it cannot be read.
+pub fn read(name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(Path::new("/proc/sys").join(name)).ok()?;
+    text.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_or_nothing() {
+        assert!(read("vm/max_map_count").unwrap() > 0);
+        assert_eq!(read("kernel/ostype"), None, "no number");
+        assert_eq!(read("no/such"), None);
+    }
+}
