@@ -139,6 +139,28 @@ def unregistered_siblings_show_frames() -> None:
     ended(born)
 
 
+def frames_move() -> None:
+    """Frames lie in an order that only those knew who are gone; they move, and whoever shows them must never see it."""
+    ksmrs.tunables.advisor_mode = "none"
+    ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+    expected = content(1)
+    scattered = expected.reshape(PAGES, PAGE)[np.arange(PAGES) * 37 % PAGES].ravel()
+    founders = [ksmrs.array(scattered), ksmrs.array(scattered)]
+    merged(*founders)
+    heirs = [ksmrs.array(expected), ksmrs.array(expected)]
+    merged(*founders, *heirs)
+    for seed, array in enumerate(founders, 2):
+        array[:] = content(seed)
+    until = time.monotonic() + 60
+    while ksmrs.stats().pages_migrated < PAGES * len(heirs):
+        for array in heirs:
+            check(array, expected, "heir, meanwhile")
+        if time.monotonic() > until:
+            raise SystemExit(f"nothing moves: {ksmrs.stats()}")
+    for array in heirs:
+        check(array, expected, "heir")
+
+
 def late_answer() -> None:
     """A client answers a proposal long after the broker stopped waiting, and maps what it was offered."""
     expected = content(1)
@@ -229,6 +251,7 @@ SCENES = {
     "children-show-frames": children_show_frames,
     "born-children-show-frames": born_children_show_frames,
     "unregistered-siblings-show-frames": unregistered_siblings_show_frames,
+    "frames-move": frames_move,
     "late-answer": late_answer,
     "late-answer-victim": late_answer_victim,
     "writer-in-the-freeze": writer_in_the_freeze,

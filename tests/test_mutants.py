@@ -28,6 +28,7 @@ SCENES = {
     "no-epoch": ("children-show-frames", ""),
     "born-uncounted": ("born-children-show-frames", ""),
     "unregistered-forgotten": ("unregistered-siblings-show-frames", ""),
+    "moved-frame-freed": ("frames-move", ""),
     "proposal-freed-on-timeout": ("late-answer", ""),
     "handler-without-claim": ("writer-in-the-freeze", "merge-frozen=delay:3000;merge-committing=delay:3000"),
 }

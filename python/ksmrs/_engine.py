@@ -62,6 +62,8 @@ class Stats:
     """Clients that owe an answer for too long and are left out for now."""
     merges: int = 0
     """Pages merged, ever."""
+    pages_migrated: int = 0
+    """Pages that followed their frame to another slot, so that runs join, ever."""
     pages_unmerged_by_budget: int = 0
     """Pages left alone since their client has no kernel mappings to spare, ever."""
     pages_unmerged_in_huge_pages: int = 0

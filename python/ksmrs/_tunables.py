@@ -56,6 +56,9 @@ class Tunables:
     split_huge_pages = _Knob(
         int, "Whether less than 2 MiB merges where that splits a huge page; not among the kernel's knobs."
     )
+    join_runs = _Knob(
+        int, "Whether frames move where that saves kernel mappings; not among the kernel's knobs, which spends none."
+    )
     smart_scan = _Knob(int, "Whether pages that never merged are looked at less often.")
     advisor_mode = _Knob(str, "Who sets pages_to_scan: 'none' or 'scan-time'.")
     advisor_max_cpu = _Knob(int, "Percent of one CPU at most, over the broker and all clients.")

@@ -5,10 +5,9 @@
 
 use std::time::Duration;
 
-use ksmrs_core::{Checksum, Fill, Observation, OrderId, RunFailure, Seen, Slot};
+use ksmrs_core::{Checksum, Observation, OrderId, RunFailure, Seen, Slot};
 use ksmrs_sys::checksum::ChecksumWord;
 use ksmrs_sys::failpoint::{self, Failpoint};
-use ksmrs_sys::store::HASHED_AT_ONCE;
 use ksmrs_sys::{EXTENT_PAGES, State, StoreNumber, Word};
 
 use crate::domain::{Domain, Part, Task};
@@ -116,48 +115,6 @@ impl Domain {
         failpoint::hit(Failpoint::BrokerFilled);
         self.core.filled(OrderId(order), &checksums);
         Ok(())
-    }
-
-    fn fill(&mut self, session: &Session, fill: &Fill, checksums: &mut Vec<Option<Checksum>>) {
-        let (slot, pages) = (ksmrs_sys::Slot(fill.slot.0), u32::from(fill.pages));
-        let Some(staging) = &session.staging else {
-            return checksums.extend((0..pages).map(|_| None));
-        };
-        if fill.whole_extent && pages == EXTENT_PAGES && !self.store.make_huge(slot) {
-            tracing::debug!(domain = self.name, ?slot, "the extent stays small");
-        }
-        let mut hashes = Vec::with_capacity(pages as usize);
-        let mut done = 0;
-        let filled = loop {
-            if done == pages {
-                break Ok(());
-            }
-            // In pieces, so that a frame is hashed while the cache still has it.
-            let now = (pages - done).min(HASHED_AT_ONCE);
-            let first = u32::from(fill.staging_index) + done;
-            let piece = self
-                .store
-                .fill(slot.plus(done), staging, first, now)
-                .and_then(|()| self.store.hash(slot.plus(done), now, &self.checksummer, &mut hashes));
-            if piece.is_err() {
-                break piece;
-            }
-            done += now;
-        };
-        match filled {
-            Ok(()) => {
-                self.sweep.mark(slot, pages, true);
-                checksums.extend(hashes.into_iter().map(|hash| Some(Checksum(hash))));
-            }
-            Err(error) => {
-                tracing::warn!(domain = self.name, ?slot, pages, %error, "frames not filled");
-                // Core punches only what it believes written, and a part of these may be.
-                if let Err(error) = self.store.punch(slot, pages) {
-                    tracing::warn!(domain = self.name, ?slot, pages, %error, "frames keep their memory");
-                }
-                checksums.extend((0..pages).map(|_| None));
-            }
-        }
     }
 
     /// Mapped.

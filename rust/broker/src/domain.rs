@@ -162,15 +162,8 @@ impl Domain {
 
     fn carry_out(&mut self, decision: Decision, sessions: &mut BTreeMap<u32, Session>) {
         let (client, order, message, task) = match decision {
-            Decision::Punch { first, pages } => {
-                let slot = ksmrs_sys::Slot(first.0);
-                self.sweep.mark(slot, pages, false);
-                failpoint::hit(Failpoint::BrokerPunches);
-                if let Err(error) = self.store.punch(slot, pages) {
-                    tracing::warn!(domain = self.name, ?slot, pages, %error, "frames keep their memory");
-                }
-                return;
-            }
+            Decision::Punch { first, pages } => return self.free(first, pages),
+            Decision::Move { frames } => return self.move_frames(&frames),
             Decision::Scan {
                 client,
                 order,

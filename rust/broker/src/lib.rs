@@ -2,7 +2,7 @@
 //!
 //! `wire.rs` is what both sides speak and `runtime_dir.rs` where they meet. The broker: `serve.rs` starts it, `conduct.rs` is its
 //! loop, `session.rs`, `lives.rs` and `departed.rs` are what it knows of a client, `domain.rs`, `answers.rs` and `questions.rs` stand between
-//! clients and core, `objects.rs` keeps named objects whole, `sweep.rs` keeps the store small, `cpu.rs` counts what it all takes (on both sides), `offence.rs` says why a client is dropped. It relies on `ksmrs-sys` for
+//! clients and core, `frames.rs` between core and the store, `objects.rs` keeps named objects whole, `sweep.rs` keeps the store small, `cpu.rs` counts what it all takes (on both sides), `offence.rs` says why a client is dropped. It relies on `ksmrs-sys` for
 //! everything that touches the kernel and trusts no client.
 #![forbid(unsafe_code)]
 
@@ -13,6 +13,7 @@ mod conduct;
 mod cpu;
 mod departed;
 mod domain;
+mod frames;
 mod lives;
 mod objects;
 mod offence;

@@ -142,6 +142,9 @@ impl Core {
         // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
         let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
         self.mark_item(id, page, counts && self.tunables.run != tunables::run::UNMERGE);
+        if let Seen::Merged(slot) = observation.seen {
+            return self.follow(id, page, slot);
+        }
         if !matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_)) {
             return;
         }
@@ -366,7 +369,10 @@ impl Core {
             };
             self.pages.mark(page, Mark::Busy, false);
             if has(&outcome.merged, i) {
-                self.events.merges += 1;
+                match self.pages.place(page) {
+                    Place::Merged(_) => self.events.migrated += 1,
+                    _ => self.events.merges += 1,
+                }
                 self.pages.set_age(page, 0, 0);
                 self.move_proposed(id, region, page, slot, Place::showing(slot), epoch);
             } else if has(&outcome.covering, i) && slot != Slot::ZERO {

@@ -66,6 +66,9 @@ impl Core {
                 return Next::Do(decision);
             }
         }
+        if let Some(decision) = self.next_move() {
+            return Next::Do(decision);
+        }
         self.scan_on()
     }
 
@@ -364,6 +367,7 @@ impl Core {
                 self.end_round(nothing);
             } else {
                 self.events.full_scans += 1;
+                self.choose_moves();
                 if self.tunables.is_advised()
                     && let Some(pages) = self.advisor.end_pass(self.now, &self.tunables)
                 {
@@ -426,6 +430,7 @@ impl Core {
 
     fn begin_round(&mut self) {
         self.begin_pass();
+        self.migration.forget();
         self.pace.round += 1;
         (self.pace.merged_at_round, self.pace.disturbed) = (self.events.merges, false);
     }
@@ -455,6 +460,7 @@ impl Core {
         let choice = scan::Choice {
             want,
             smart: self.tunables.smart_scan == 1 && !requested,
+            pass: self.pass,
         };
         let (unstable, events) = (&mut self.unstable, &mut self.events);
         let ranges = scan::next_ranges(client, &self.regions, &mut self.pages, &choice, |pages, page| {
@@ -469,6 +475,7 @@ impl Core {
         if !requested {
             self.pace.spend(chosen, self.tunables.pages_to_scan);
             self.advisor.look(self.now, self.pause());
+            self.look_for_rifts(&ranges);
         }
         let order = self.open(id, Task::Scan(ranges.clone()));
         Some(Decision::Scan {

@@ -27,7 +27,7 @@ impl Slot {
         }
     }
 
-    const fn extent(self) -> u32 {
+    pub(crate) const fn extent(self) -> u32 {
         self.0 / WINDOW
     }
 }
@@ -51,6 +51,8 @@ pub(crate) enum Life {
     Filling,
     /// Holds a content and never changes it.
     Filled,
+    /// The same, but another slot has the content now: nobody is sent here any more, and whoever is here follows.
+    Moved,
     /// Its memory is about to be given back; no client shows it.
     Doomed,
     /// Its memory was given back, but pages still lie over it.
@@ -286,6 +288,16 @@ impl Frames {
         Slot(number * WINDOW + u32::from(position))
     }
 
+    /// Whether this very slot, in an extent that is in use, could be taken.
+    pub(crate) fn has_free(&self, slot: Slot) -> bool {
+        self.fits(slot.extent(), &[(slot.0 % WINDOW) as u16])
+    }
+
+    /// Takes this very slot, which [`has_free`](Frames::has_free).
+    pub(crate) fn take_free(&mut self, slot: Slot) {
+        self.take_at(slot.extent(), (slot.0 % WINDOW) as u16);
+    }
+
     /// The store is nearly full: a slot at the same position in some extent, else any slot.
     fn take_anywhere(&mut self, position: u16) -> Option<Slot> {
         let fitting = self
@@ -326,7 +338,7 @@ impl Frames {
     /// The frame's memory is to be given back.
     pub(crate) fn doom(&mut self, slot: Slot) {
         let frame = self.get_mut(slot);
-        let was_filled = frame.life == Life::Filled;
+        let was_filled = matches!(frame.life, Life::Filled | Life::Moved);
         debug_assert!(was_filled || frame.life == Life::Filling);
         frame.life = Life::Doomed;
         self.filled -= u32::from(was_filled);

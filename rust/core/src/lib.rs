@@ -5,7 +5,7 @@
 //! [`Next`]; time comes in as the duration since the driver began. It is one domain; nothing crosses domains.
 //!
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `frame`, `rmap` and `limbo`
-//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `plan` and
+//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `plan` and
 //! `pace` (with `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
@@ -20,6 +20,7 @@ mod founding;
 mod frame;
 mod limbo;
 mod member;
+mod migrate;
 pub mod mutant;
 mod order;
 mod pace;
@@ -50,6 +51,7 @@ pub use tunables::{AdvisorMode, TunableError, Tunables};
 use advisor::Advisor;
 use client::Client;
 use founding::{FoundingId, Foundings};
+use migrate::Migration;
 use order::{Orders, Task};
 use pace::Pace;
 use page::{Mark, Pages, Place};
@@ -96,6 +98,7 @@ pub struct Core {
     orders: Orders,
     pace: Pace,
     advisor: Advisor,
+    migration: Migration,
     events: Events,
     queues: [VecDeque<ClientId>; 3],
     /// Clients with work left in this pass.
@@ -125,6 +128,7 @@ impl Core {
             orders: Orders::default(),
             pace: Pace::default(),
             advisor: Advisor::default(),
+            migration: Migration::default(),
             events: Events::default(),
             queues: Default::default(),
             in_pass: 0,
@@ -214,6 +218,7 @@ impl Core {
             clients: self.clients.len() as u64,
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
             merges: events.merges,
+            pages_migrated: events.migrated,
             pages_unmerged_by_budget: events.over_budget,
             pages_unmerged_in_huge_pages: events.would_split,
             pages_disbelieved: events.disbelieved,
@@ -242,7 +247,8 @@ impl Core {
     /// Bytes that core spends on pages, frames and trees at this moment; the page tables of the clients are not its own.
     pub fn metadata_bytes(&self) -> usize {
         let Rmap { frames, stable, .. } = &self.rmap;
-        self.pages.bytes() + frames.bytes() + stable.bytes() + self.unstable.bytes() + self.foundings.bytes()
+        let trees = stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
+        self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
     }
 
     /// Slots of the store that cannot be taken now: filled, being filled, or covered by a page.

@@ -16,16 +16,19 @@ pub enum Mutant {
     BornUncounted = 4,
     /// Once a child is registered, what anybody gave up is released, though children that are not may show it.
     UnregisteredForgotten = 5,
+    /// A frame that moved loses its memory before its pages followed.
+    MovedFrameFreed = 6,
 }
 
 impl Mutant {
     /// All of them, by the name that chooses them.
-    pub const ALL: [(&'static str, Mutant); 5] = [
+    pub const ALL: [(&'static str, Mutant); 6] = [
         ("frame-freed-early", Mutant::FrameFreedEarly),
         ("proposal-freed-on-timeout", Mutant::ProposalFreedOnTimeout),
         ("no-epoch", Mutant::NoEpoch),
         ("born-uncounted", Mutant::BornUncounted),
         ("unregistered-forgotten", Mutant::UnregisteredForgotten),
+        ("moved-frame-freed", Mutant::MovedFrameFreed),
     ];
 }
 

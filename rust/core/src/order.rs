@@ -65,6 +65,12 @@ pub enum Decision {
         /// The reason.
         why: Why,
     },
+    /// Copy the frames of the first slots to the second, which nobody shows; hash what was written and answer with
+    /// [`Core::moved`](crate::Core::moved), before anything else is asked of core.
+    Move {
+        /// At most [`WINDOW`](crate::WINDOW), in the order of the second slots; so many are a whole fresh extent if they begin one.
+        frames: Vec<(Slot, Slot)>,
+    },
     /// Give the memory of these frames back, before anything else is asked of core.
     Punch {
         /// The first of them.

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! The way from a page to its slot is a dense array (`page.rs`); the way back is counts in the frame's record, one per kind
-//! of reference, for so far nothing asks *which* pages show a frame. Every reference that ends goes through limbo, unless its
-//! whole client is gone. Relies on `frame.rs`, `stable.rs`, `limbo.rs`; never frees what a count still refers to.
+//! of reference; *which* pages show a frame is asked only where frames move, and found by a pass (`migrate.rs`). Every reference
+//! that ends goes through limbo, unless its whole client is gone. Relies on `frame.rs`, `stable.rs`, `limbo.rs`; never frees what a count still refers to.
 
 use crate::frame::{Frames, Life, Slot};
 use crate::limbo::{Epoch, Limbo};
@@ -136,6 +136,7 @@ impl Rmap {
                 self.doom(slot);
             }
             Life::Filled => self.stable.has_room(&self.frames, slot),
+            Life::Moved if frame.shown == 0 && frame.held == 0 => self.doom(slot),
             Life::Punched if frame.references() == 0 => self.frames.free(slot),
             _ => {}
         }
@@ -145,6 +146,24 @@ impl Rmap {
         self.frames.doom(slot);
         self.doomed.push(slot);
         self.sorted = false;
+    }
+
+    /// The content of `from` was copied to `to`: that is its frame from here on.
+    pub(crate) fn replace(&mut self, from: Slot, to: Slot) {
+        let checksum = self.frames.get(from).checksum();
+        self.stable.remove(&mut self.frames, from);
+        self.frames.get_mut(from).life = Life::Moved;
+        self.frames.fill(to, checksum);
+        self.stable.insert(&mut self.frames, to);
+        if mutant::active(Mutant::MovedFrameFreed) {
+            self.doom(from);
+        }
+    }
+
+    /// A frame that moved is its content's again, for the one that it moved to is gone.
+    pub(crate) fn reinstate(&mut self, slot: Slot) {
+        self.frames.get_mut(slot).life = Life::Filled;
+        self.stable.insert(&mut self.frames, slot);
     }
 
     /// Consecutive frames whose memory is to be given back now; from here on they have none.

@@ -1,8 +1,9 @@
 //! The scan: which pages a client is asked to look at next.
 //!
 //! A cursor walks the client's regions, one window after the other. Smart scan leaves out pages that were looked at often and
-//! never merged, with the kernel's back-off: ages 0 to 2 always, then 1, 2, 4 and 8 passes out. Merged pages are never left
-//! out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
+//! never merged, with the kernel's back-off: ages 0 to 2 always, then 1, 2, 4 and 8 passes out. Who sits out 8 comes back in the
+//! same pass as all others who do: in the kernel two equal pages that were opted in at different times may take turns for
+//! ever and never meet. Merged pages are never left out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
 
 use crate::client::Client;
 use crate::order::{MAX_RANGES, MAX_SCAN_PAGES};
@@ -15,7 +16,12 @@ pub(crate) struct Choice {
     pub want: u32,
     /// Whether smart scan may leave pages out.
     pub smart: bool,
+    /// The number of the pass.
+    pub pass: u16,
 }
+
+/// Passes between two looks at a page that never merged.
+const LONGEST_ROUND: u16 = 9;
 
 /// Pages walked over per page wanted before a choice ends short: keeps a step bounded where smart scan leaves out most.
 const WALK: u32 = 8;
@@ -50,7 +56,7 @@ pub(crate) fn next_ranges(
             if pages.is(page, Mark::Busy) {
                 continue;
             }
-            if choice.smart && sits_out(pages, page) {
+            if choice.smart && sits_out(pages, page, choice.pass) {
                 left_out(pages, page);
                 continue;
             }
@@ -68,7 +74,7 @@ pub(crate) fn next_ranges(
 }
 
 /// The kernel's `should_skip_rmap_item`: ages the page and says whether it sits this pass out.
-fn sits_out(pages: &mut Pages, page: PageNumber) -> bool {
+fn sits_out(pages: &mut Pages, page: PageNumber, pass: u16) -> bool {
     if matches!(pages.place(page), Place::Merged(_) | Place::Zero) {
         return false;
     }
@@ -79,7 +85,8 @@ fn sits_out(pages: &mut Pages, page: PageNumber) -> bool {
             3 => 1,
             4..=5 => 2,
             6..=8 => 4,
-            _ => 8,
+            // 8, but for the first time: until the next pass in which all of these are looked at.
+            _ => (LONGEST_ROUND - 1 - pass % LONGEST_ROUND) as u8,
         };
         pages.set_age(page, age.saturating_add(1), passes_out);
         return false;
@@ -110,6 +117,7 @@ mod tests {
         let choice = Choice {
             want: 1024,
             smart: false,
+            pass: 1,
         };
         let mut sizes = Vec::new();
         let mut seen = std::collections::BTreeSet::new();
@@ -128,10 +136,14 @@ mod tests {
     fn smart_scan_backs_off_like_the_kernel() {
         let (mut client, regions, mut pages) = world(&[(2, 0)]);
         pages.set_place(PageNumber(1), Place::Merged(Slot(3)));
-        let choice = Choice { want: 10, smart: true };
         let mut out = String::new();
-        for _ in 0..24 {
+        for pass in 5..37 {
             client.scan = Default::default();
+            let choice = Choice {
+                want: 10,
+                smart: true,
+                pass,
+            };
             let mut skipped = 0;
             next_ranges(&mut client, &regions, &mut pages, &choice, |_, page| {
                 assert_eq!(page, PageNumber(0));
@@ -139,6 +151,36 @@ mod tests {
             });
             out.push(if skipped == 0 { 'x' } else { '.' });
         }
-        assert_eq!(out, "xxxx.x..x....x........x.");
+        // Passes 5, 6, 7, 8, 10, 13, 18, and from there on those that 9 divides.
+        assert_eq!(out, "xxxx.x..x....x........x........x");
+    }
+
+    #[test]
+    fn whoever_sits_out_long_meets_all_others_who_do() {
+        let looks = |first: u16| -> Vec<u16> {
+            let (mut client, regions, mut pages) = world(&[(1, 0)]);
+            let mut looks = Vec::new();
+            for pass in first..first + 60 {
+                client.scan = Default::default();
+                let choice = Choice {
+                    want: 10,
+                    smart: true,
+                    pass,
+                };
+                if !next_ranges(&mut client, &regions, &mut pages, &choice, |_, _| ()).is_empty() {
+                    looks.push(pass);
+                }
+            }
+            looks
+        };
+        let old = looks(1);
+        for first in 2..11 {
+            let meets = looks(first).iter().filter(|pass| old.contains(pass)).count();
+            assert!(
+                meets >= 4,
+                "opted in {} passes later: they meet {meets} times",
+                first - 1
+            );
+        }
     }
 }

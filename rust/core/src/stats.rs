@@ -54,6 +54,8 @@ pub struct Stats {
     pub clients_unplanned: u64,
     /// Pages that took a frame, ever.
     pub merges: u64,
+    /// Pages that followed a frame to another slot, ever.
+    pub pages_migrated: u64,
     /// Proposals dropped because the client's VMA budget was spent, ever.
     pub pages_unmerged_by_budget: u64,
     /// Proposals that a client turned down because they would have split a huge page (`split_huge_pages` is 0), ever.
@@ -85,6 +87,7 @@ pub(crate) struct Events {
     pub full_scans: u64,
     pub cow: u64,
     pub merges: u64,
+    pub migrated: u64,
     pub over_budget: u64,
     pub would_split: u64,
     pub disbelieved: u64,

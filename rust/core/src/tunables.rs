@@ -100,6 +100,8 @@ pub struct Tunables {
     pub smart_scan: u32,
     /// Whether runs shorter than a huge page merge where that splits a huge page. Not among the kernel's knobs: it always splits.
     pub split_huge_pages: u32,
+    /// Whether frames are moved so that runs join. Not among the kernel's knobs: what a page is mapped to costs it nothing.
+    pub join_runs: u32,
     /// Who sets `pages_to_scan`.
     pub advisor_mode: AdvisorMode,
     /// Percent of one CPU the advisor may spend, over the broker and all clients.
@@ -124,6 +126,7 @@ impl Default for Tunables {
             stable_node_chains_prune_millisecs: 2000,
             smart_scan: 1,
             split_huge_pages: 1,
+            join_runs: 1,
             advisor_mode: AdvisorMode::ScanTime,
             advisor_max_cpu: 70,
             advisor_target_scan_time: 200,
@@ -190,6 +193,7 @@ numeric_knobs! {
     stable_node_chains_prune_millisecs 0 u32::MAX,
     smart_scan 0 1,
     split_huge_pages 0 1,
+    join_runs 0 1,
     advisor_max_cpu 0 u32::MAX,
     advisor_target_scan_time 1 u32::MAX,
     advisor_min_pages_to_scan 0 u32::MAX,

@@ -4,6 +4,7 @@
 //! and bytes; which slot holds what, and when one may be punched, is decided elsewhere. Nobody maps the whole store, the
 //! broker only ever an extent at a time, to make it huge.
 
+use core::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, SealFlags};
@@ -23,7 +24,7 @@ const MIN_SLOTS: u64 = 32 * EXTENT_PAGES as u64;
 /// Slot numbers are 32 bits and the last one means zero.
 const MAX_SLOTS: u64 = (u32::MAX - 2 * EXTENT_PAGES) as u64 / EXTENT_PAGES as u64 * EXTENT_PAGES as u64;
 
-/// Frames read at once for hashing: 128 KiB, which the second-level cache still holds from being filled.
+/// Frames read at once, for hashing or copying: 128 KiB, which the second-level cache still holds from being filled.
 pub const HASHED_AT_ONCE: u32 = 32;
 
 const fn offset_of(slot: Slot) -> u64 {
@@ -149,21 +150,17 @@ impl Store {
         while done < pages {
             let now = (pages - done).min(HASHED_AT_ONCE);
             let bytes = now as usize * PAGE_SIZE;
-            self.read_exact(offset_of(slot.plus(done)), bytes)?;
+            self.read_exact(offset_of(slot.plus(done)), 0..bytes)?;
             piece(done, &self.buffer.bytes()[..bytes])?;
             done += now;
         }
         Ok(())
     }
 
-    fn read_exact(&mut self, offset: u64, bytes: usize) -> Result<(), SysError> {
-        let mut done = 0;
-        while done < bytes {
-            match rustix::io::pread(
-                &self.fd,
-                &mut self.buffer.bytes_mut()[done..bytes],
-                offset + done as u64,
-            ) {
+    /// Reads so many bytes from there, into this part of the buffer.
+    fn read_exact(&mut self, mut offset: u64, mut into: Range<usize>) -> Result<(), SysError> {
+        while !into.is_empty() {
+            match rustix::io::pread(&self.fd, &mut self.buffer.bytes_mut()[into.clone()], offset) {
                 Ok(0) => {
                     return Err(SysError::Call {
                         call: "pread",
@@ -171,7 +168,10 @@ impl Store {
                         errno: Errno::IO,
                     });
                 }
-                Ok(read) => done += read,
+                Ok(read) => {
+                    into.start += read;
+                    offset += read as u64;
+                }
                 Err(Errno::INTR) => continue,
                 Err(errno) => {
                     return Err(SysError::Call {
@@ -183,6 +183,30 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// Copies frames of the store to consecutive slots from `to` on: one read per run of them, one write for all.
+    ///
+    /// # Errors
+    /// The kernel's errno; some of them may be written then.
+    ///
+    /// # Panics
+    /// If there are more than [`HASHED_AT_ONCE`].
+    pub fn copy(&mut self, from: &[Slot], to: Slot) -> Result<(), SysError> {
+        assert!(
+            from.len() <= HASHED_AT_ONCE as usize,
+            "{} frames to be copied at once",
+            from.len()
+        );
+        self.check(to, from.len() as u32);
+        let mut at = 0;
+        for run in from.chunk_by(|one, next| one.0 + 1 == next.0) {
+            self.check(run[0], run.len() as u32);
+            let end = at + run.len() * PAGE_SIZE;
+            self.read_exact(offset_of(run[0]), at..end)?;
+            at = end;
+        }
+        object::write(&self.fd, WHAT, &self.buffer.bytes()[..at], offset_of(to))
     }
 
     /// Writes frames to an object, from a byte offset on; how many.
@@ -386,6 +410,21 @@ mod tests {
         store.punch(Slot(701), 2).unwrap();
         assert_eq!(store.filled().unwrap(), [(Slot(700), 1), (Slot(703), 2)]);
         assert_eq!(store.allocated().unwrap(), 3 * PAGE_SIZE as u64);
+    }
+
+    #[test]
+    fn frames_are_copied_from_wherever_they_are() {
+        let (mut store, staging, view, checksummer) = small();
+        for index in 0..6 {
+            staging.write_page(index, &[index as u8 + 1; PAGE_SIZE]);
+        }
+        store.fill(Slot(700), &view, 0, 6).unwrap();
+        let from = [703, 700, 701, 702, 705].map(Slot);
+        store.copy(&from, Slot(40)).unwrap();
+        let mut hashes = Vec::new();
+        store.hash(Slot(40), 5, &checksummer, &mut hashes).unwrap();
+        assert_eq!(hashes, [4, 1, 2, 3, 6].map(|byte| checksummer.page(&[byte; PAGE_SIZE])));
+        assert_eq!(store.filled().unwrap(), [(Slot(40), 5), (Slot(700), 6)]);
     }
 
     #[test]

@@ -26,6 +26,18 @@ fn private_merge_and_reader() {
 }
 
 #[test]
+fn frames_move_under_two_writers() {
+    explore(2, || migration_and_two_writers(Kind::Shared));
+    explore(2, || migration_and_two_writers(Kind::Private));
+}
+
+#[test]
+fn frames_move_under_a_reader_and_an_unmerge() {
+    explore(3, || migration_and_unmerge(Kind::Shared));
+    explore(3, || migration_and_unmerge(Kind::Private));
+}
+
+#[test]
 fn a_widened_break_takes_only_what_it_owns() {
     explore(4, widened_break);
 }

@@ -116,6 +116,8 @@ pub struct World {
     pub runs: Vec<Run>,
     /// Scan orders, ever.
     pub scans: usize,
+    /// Frames copied, ever.
+    pub moves: usize,
     /// Whether the store cannot be written now and then.
     pub disk_trouble: bool,
 }
@@ -133,6 +135,7 @@ impl World {
             store: vec![None; slots as usize],
             runs: Vec::new(),
             scans: 0,
+            moves: 0,
             disk_trouble: true,
             processes: BTreeMap::new(),
             next_client: 0,
@@ -455,6 +458,20 @@ impl World {
             self.process(id).children.clear();
             self.seal(id);
         }
+    }
+
+    /// Neighbours among the client's pages that show frames which are no neighbours.
+    pub fn rifts(&self, id: ClientId) -> u32 {
+        let pages: Vec<(&u32, &Page)> = self.processes[&id].pages.iter().collect();
+        let shown = |page: &Page| match page.word {
+            Word::Merged(slot) => Some(slot.0),
+            _ => None,
+        };
+        let rift = |pair: &&[(&u32, &Page)]| {
+            let (one, next) = (shown(pair[0].1), shown(pair[1].1));
+            *pair[0].0 + 1 == *pair[1].0 && one.is_some() && next.is_some() && one.map(|slot| slot + 1) != next
+        };
+        pages.windows(2).filter(rift).count() as u32
     }
 
     pub fn frames_in_store(&self) -> usize {

@@ -34,6 +34,7 @@ impl World {
                 }
                 return;
             }
+            Decision::Move { frames } => return self.move_frames(&frames),
             Decision::Scan {
                 client,
                 order,
@@ -122,7 +123,12 @@ impl World {
                     } else {
                         store[slot.0 as usize]
                     };
-                    if matches!(page.word, Word::Private | Word::Broken(_)) && page.own == content {
+                    let holds = match page.word {
+                        Word::Private | Word::Broken(_) => page.own,
+                        Word::Merged(shown) => page.own.or(store[shown.0 as usize]),
+                        _ => continue,
+                    };
+                    if holds == content {
                         page.word = if slot == Slot::ZERO {
                             Word::Zero
                         } else {
@@ -229,6 +235,29 @@ impl World {
             }
         }
         outcome
+    }
+
+    /// Copies frames; the new ones are nobody's yet.
+    fn move_frames(&mut self, frames: &[(Slot, Slot)]) {
+        assert!(frames.len() <= 512 && frames.is_sorted_by_key(|&(_, to)| to));
+        let mapped = self.mapped_slots();
+        let mut checksums = Vec::new();
+        for &(from, to) in frames {
+            self.moves += 1;
+            assert_eq!(
+                self.store[to.0 as usize], None,
+                "{to:?} is filled while it has a content"
+            );
+            assert_eq!(mapped.get(&to), None, "{to:?} is filled under a page");
+            let content = self.store[from.0 as usize].expect("a frame that moves has a content");
+            if self.disk_trouble && self.roll(16) == 0 {
+                checksums.push(None);
+            } else {
+                self.store[to.0 as usize] = Some(content);
+                checksums.push(Some(checksum_of(content)));
+            }
+        }
+        self.core.moved(&checksums);
     }
 
     fn fill(&mut self, order: OrderId, copies: &[Option<Content>]) {

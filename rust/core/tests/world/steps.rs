@@ -71,6 +71,8 @@ pub enum Step {
         value: u32,
     },
     Merge,
+    /// Passes go by in which nobody does anything.
+    Quiet,
 }
 
 pub fn step() -> impl Strategy<Value = Step> {
@@ -102,6 +104,7 @@ pub fn step() -> impl Strategy<Value = Step> {
             Just(("advisor_max_pages_to_scan", 7)),
         ].prop_map(|(knob, value)| Step::Set { knob, value }),
         3 => Just(Step::Merge),
+        3 => Just(Step::Quiet),
     ]
 }
 
@@ -150,6 +153,12 @@ pub fn apply(world: &mut World, step: &Step) {
         Step::Merge => {
             let ticket = world.core.request_merge(world.now);
             world.tickets.push(ticket);
+        }
+        Step::Quiet => {
+            for _ in 0..4 {
+                world.settle();
+                world.now += Duration::from_millis(20);
+            }
         }
     }
 }

@@ -64,7 +64,8 @@ impl World {
                 kind,
                 mapped: vec![Mapping::Own { writable: true }; pages],
                 own: vec![Some(CONTENT); pages],
-                frames: vec![CONTENT; pages],
+                // One more than the pages need, to move to.
+                frames: vec![CONTENT; pages + 1],
                 at_limit,
                 leased: true,
             }),
@@ -459,6 +460,43 @@ pub fn merge_and_reader(kind: Kind) {
     remapper.join().unwrap();
     writer.join().unwrap();
     assert_eq!([world.read(0, 0), world.read(0, 1)], [3, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// A page that shows a frame moves to a copy of it, under two writers; the first frame is freed as soon as it moved.
+pub fn migration_and_two_writers(kind: Kind) {
+    let world = World::new(kind, 1, false);
+    world.merge_and_settle();
+    let remapper = spawn(&world, |world| {
+        let verdicts = world.merge(1, Slot(1));
+        if verdicts[0] == Verdict::Moved {
+            world.kernel.lock().unwrap().frames[0] = FREED;
+        }
+    });
+    let first = spawn(&world, |world| world.write(0, 0, 1));
+    world.write(0, 1, 2);
+    remapper.join().unwrap();
+    first.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [1, 2]);
+    world.check_at_rest();
+}
+
+/// The same under a reader and somebody who unmerges.
+pub fn migration_and_unmerge(kind: Kind) {
+    let world = World::new(kind, 1, false);
+    world.merge_and_settle();
+    let remapper = spawn(&world, |world| {
+        if world.merge(1, Slot(1))[0] == Verdict::Moved {
+            world.kernel.lock().unwrap().frames[0] = FREED;
+        }
+    });
+    let program = spawn(&world, |world| unmerge(world, world, Span::one(Page(0))).unwrap());
+    for _ in 0..2 {
+        assert_eq!([world.read(0, 0), world.read(0, 1)], CONTENT);
+    }
+    remapper.join().unwrap();
+    program.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], CONTENT);
     world.check_at_rest();
 }
 

@@ -1,0 +1,97 @@
+//! Frames: what core wants written, copied and freed in a domain's store.
+//!
+//! What was written is hashed as it is *in the store*, for whatever it came from may have changed meanwhile; core compares. Keeps the sweep's
+//! marks true. Never decides which slot holds what.
+
+use ksmrs_core::{Checksum, Fill, Slot};
+use ksmrs_sys::failpoint::{self, Failpoint};
+use ksmrs_sys::store::{HASHED_AT_ONCE, Store};
+use ksmrs_sys::{EXTENT_PAGES, SysError};
+
+use crate::domain::Domain;
+use crate::session::Session;
+
+fn in_store(slot: Slot) -> ksmrs_sys::Slot {
+    ksmrs_sys::Slot(slot.0)
+}
+
+impl Domain {
+    /// Fills frames from a client's staging area.
+    pub(crate) fn fill(&mut self, session: &Session, fill: &Fill, checksums: &mut Vec<Option<Checksum>>) {
+        let (slot, pages) = (in_store(fill.slot), u32::from(fill.pages));
+        let Some(staging) = &session.staging else {
+            return checksums.extend((0..pages).map(|_| None));
+        };
+        if fill.whole_extent {
+            self.make_huge(slot, pages);
+        }
+        self.write(slot, pages, checksums, |store, done, now| {
+            store.fill(slot.plus(done), staging, u32::from(fill.staging_index) + done, now)
+        });
+    }
+
+    /// Copies frames to the slots that they move to, and tells core.
+    pub(crate) fn move_frames(&mut self, frames: &[(Slot, Slot)]) {
+        let mut checksums = Vec::with_capacity(frames.len());
+        for run in frames.chunk_by(|one, next| one.1.stepped(1) == next.1) {
+            let from: Vec<ksmrs_sys::Slot> = run.iter().map(|&(from, _)| in_store(from)).collect();
+            let to = in_store(run[0].1);
+            self.make_huge(to, run.len() as u32);
+            self.write(to, run.len() as u32, &mut checksums, |store, done, now| {
+                store.copy(&from[done as usize..(done + now) as usize], to.plus(done))
+            });
+        }
+        failpoint::hit(Failpoint::BrokerFilled);
+        self.core.moved(&checksums);
+    }
+
+    /// Frames that are about to be written: one huge page if they are a whole extent.
+    fn make_huge(&self, slot: ksmrs_sys::Slot, pages: u32) {
+        let whole = pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES);
+        if whole && !self.store.make_huge(slot) {
+            tracing::debug!(domain = self.name, ?slot, "the extent stays small");
+        }
+    }
+
+    /// Writes consecutive frames in pieces, so that each is hashed while the cache still has it. If one fails, none counts.
+    fn write(
+        &mut self,
+        slot: ksmrs_sys::Slot,
+        pages: u32,
+        checksums: &mut Vec<Option<Checksum>>,
+        piece: impl Fn(&mut Store, u32, u32) -> Result<(), SysError>,
+    ) {
+        let mut hashes = Vec::with_capacity(pages as usize);
+        let written = (0..pages).step_by(HASHED_AT_ONCE as usize).try_for_each(|done| {
+            let now = (pages - done).min(HASHED_AT_ONCE);
+            piece(&mut self.store, done, now)?;
+            self.store.hash(slot.plus(done), now, &self.checksummer, &mut hashes)
+        });
+        match written {
+            Ok(()) => {
+                self.sweep.mark(slot, pages, true);
+                checksums.extend(hashes.into_iter().map(|hash| Some(Checksum(hash))));
+            }
+            Err(error) => {
+                tracing::warn!(domain = self.name, ?slot, pages, %error, "frames not written");
+                // Core punches only what it believes written, and a part of these may be.
+                self.punch(slot, pages);
+                checksums.extend((0..pages).map(|_| None));
+            }
+        }
+    }
+
+    /// Gives the memory of frames back.
+    pub(crate) fn free(&mut self, first: Slot, pages: u32) {
+        let slot = in_store(first);
+        self.sweep.mark(slot, pages, false);
+        failpoint::hit(Failpoint::BrokerPunches);
+        self.punch(slot, pages);
+    }
+
+    fn punch(&self, slot: ksmrs_sys::Slot, pages: u32) {
+        if let Err(error) = self.store.punch(slot, pages) {
+            tracing::warn!(domain = self.name, ?slot, pages, %error, "frames keep their memory");
+        }
+    }
+}

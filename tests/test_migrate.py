@@ -1,0 +1,142 @@
+"""Frames move to where runs join: mappings become few, every page follows, and nobody who reads or writes sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+import ksmrs
+from children import Child, run, wait_for
+
+PAGES = 512
+WORKER = """
+    import ctypes, json, re
+    from pathlib import Path
+    pages, shared, straight = {pages}, {shared}, {straight}
+    rng = np.random.default_rng(1)
+    contents = rng.integers(0, 256, (pages, 4096), np.uint8)
+    order = np.arange(pages) if straight else np.arange(pages) * 37 % pages
+    region = ksmrs.Region(pages * 4096, shared=shared)
+    array = region.array(np.uint8, (pages, 4096))
+    array[:] = contents[order]
+    expected = array.copy()
+    def mappings():
+        start = array.ctypes.data
+        spans = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/maps").read_text(), re.M)
+        return sum(start <= int(first, 16) < start + array.nbytes for first, _ in spans)
+    def writing():
+        # Takes a page out of merging for a moment, and puts it back; looks at all others meanwhile.
+        dice = np.random.default_rng({straight})
+        while not stop.is_set():
+            page = int(dice.integers(pages))
+            array[page, 5] = expected[page, 5] ^ 255
+            if array[page, 5] != expected[page, 5] ^ 255:
+                wrong.append(page)
+            array[page, 5] = expected[page, 5]
+            wrong.extend(int(page) for page in (array != expected).any(1).nonzero()[0])
+            time.sleep(0.002)
+    wrong, stop, thread = [], threading.Event(), None
+    print("ready")
+    for line in sys.stdin:
+        match line.split():
+            case ["mappings"]:
+                print(mappings())
+            case ["write"]:
+                thread = threading.Thread(target=writing)
+                thread.start()
+                print("writing")
+            case ["quiet"]:
+                stop.set()
+                thread.join()
+                print(len(wrong))
+            case ["verify"]:
+                print(int((array != expected).any(1).sum()))
+"""
+
+
+class Worker(Child):
+    def __init__(self, shared: bool, straight: bool) -> None:
+        super().__init__(WORKER.format(pages=PAGES, shared=shared, straight=straight))
+        assert self.line() == "ready"
+
+    def ask(self, what: str) -> str:
+        self.tell(what)
+        return self.line()
+
+    def leave(self) -> None:
+        self.end_of_input()
+        self.end()
+
+
+@contextlib.contextmanager
+def scattered(shared: bool) -> Iterator[list[Worker]]:
+    """Two processes that show frames in an order which nobody else knows any more."""
+    ksmrs.tunables.advisor_mode = "none"
+    ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+    with contextlib.ExitStack() as stack:
+        founders = [stack.enter_context(Worker(shared, False)) for _ in range(2)]
+        wait_for(lambda: ksmrs.stats().pages_sharing == PAGES, "the founders' merge")
+        heirs = [stack.enter_context(Worker(shared, True)) for _ in range(2)]
+        wait_for(lambda: ksmrs.stats().pages_sharing == 3 * PAGES, "the heirs' merge")
+        for founder in founders:
+            founder.leave()
+        yield heirs
+        for heir in heirs:
+            assert heir.ask("verify") == "0"
+            heir.leave()
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_scattered_frames_move_and_all_pages_follow(runtime_dir: object, shared: bool) -> None:
+    with scattered(shared) as heirs:
+        wait_for(lambda: ksmrs.stats().pages_migrated >= 2 * PAGES, "the migration", 60)
+        wait_for(lambda: ksmrs.stats().pages_sharing == PAGES and ksmrs.stats().frames == PAGES, "the end of it", 60)
+        for heir in heirs:
+            assert int(heir.ask("mappings")) <= 4
+        stats = ksmrs.stats()
+        assert (stats.pages_shared, stats.pages_unshared, stats.pages_volatile) == (PAGES, 0, 0), stats
+        assert (stats.stable_node_chains, stats.pages_disbelieved) == (0, 0), stats
+        assert stats.store_bytes == PAGES * 4096, "the old frames are freed"
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_writers_and_readers_see_nothing_of_it(runtime_dir: object, shared: bool) -> None:
+    with scattered(shared) as heirs:
+        for heir in heirs:
+            assert heir.ask("write") == "writing"
+        wait_for(lambda: ksmrs.stats().pages_migrated >= PAGES, "the migration", 60)
+        for heir in heirs:
+            assert heir.ask("quiet") == "0", "bytes that nobody wrote"
+        wait_for(lambda: ksmrs.stats().pages_sharing == PAGES and ksmrs.stats().frames == PAGES, "all merged again", 60)
+
+
+def test_nothing_moves_where_the_knob_says_so(runtime_dir: object) -> None:
+    ksmrs.tunables.join_runs = 0
+    with scattered(False) as heirs:
+        passes = ksmrs.stats().full_scans + 8
+        wait_for(lambda: ksmrs.stats().full_scans >= passes, "eight passes")
+        assert int(heirs[0].ask("mappings")) >= PAGES
+        assert ksmrs.stats().pages_migrated == 0
+        ksmrs.tunables.join_runs = 1
+        wait_for(lambda: ksmrs.stats().pages_migrated >= 2 * PAGES, "the migration", 60)
+
+
+def test_a_child_that_was_born_meanwhile_follows_too(runtime_dir: object) -> None:
+    with scattered(False):
+        run(f"""
+            contents = np.random.default_rng(1).integers(0, 256, ({PAGES}, 4096), np.uint8)
+            array = ksmrs.array(contents)
+            before = ksmrs.stats().pages_migrated
+            wait_for(lambda: ksmrs.process_stats().ksm_merging_pages == {PAGES}, "the merge")
+            def child():
+                for _ in range(20):
+                    assert (array == contents).all()
+                    time.sleep(0.01)
+                array[:, 0] ^= 1
+                assert (array[:, 1:] == contents[:, 1:]).all() and (array[:, 0] == contents[:, 0] ^ 1).all()
+            ended(*[forked(child) for _ in range(10)])
+            assert (array == contents).all()
+        """)
+        wait_for(lambda: ksmrs.stats().pages_migrated >= PAGES, "the migration", 60)
