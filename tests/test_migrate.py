@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import ksmrs
-from children import Child, run, wait_for
+from children import Child, kill_brokers, run, wait_for
 
 PAGES = 512
 WORKER = """
     import ctypes, json, re
     from pathlib import Path
     pages, shared, straight = {pages}, {shared}, {straight}
-    rng = np.random.default_rng(1)
-    contents = rng.integers(0, 256, (pages, 4096), np.uint8)
     order = np.arange(pages) if straight else np.arange(pages) * 37 % pages
     region = ksmrs.Region(pages * 4096, shared=shared)
     array = region.array(np.uint8, (pages, 4096))
-    array[:] = contents[order]
-    expected = array.copy()
+    expected = np.zeros_like(array)
+    lock = threading.Lock()
+    def put(seed):
+        contents = np.random.default_rng(seed).integers(0, 256, (pages, 4096), np.uint8)[order]
+        with lock:
+            expected[:] = contents
+            array[:] = contents
     def mappings():
         start = array.ctypes.data
         spans = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", Path("/proc/self/maps").read_text(), re.M)
@@ -30,14 +34,16 @@ WORKER = """
         # Takes a page out of merging for a moment, and puts it back; looks at all others meanwhile.
         dice = np.random.default_rng({straight})
         while not stop.is_set():
-            page = int(dice.integers(pages))
-            array[page, 5] = expected[page, 5] ^ 255
-            if array[page, 5] != expected[page, 5] ^ 255:
-                wrong.append(page)
-            array[page, 5] = expected[page, 5]
-            wrong.extend(int(page) for page in (array != expected).any(1).nonzero()[0])
+            with lock:
+                page = int(dice.integers(pages))
+                array[page, 5] = expected[page, 5] ^ 255
+                if array[page, 5] != expected[page, 5] ^ 255:
+                    wrong.append(page)
+                array[page, 5] = expected[page, 5]
+                wrong.extend(int(page) for page in (array != expected).any(1).nonzero()[0])
             time.sleep(0.002)
     wrong, stop, thread = [], threading.Event(), None
+    put({seed})
     print("ready")
     for line in sys.stdin:
         match line.split():
@@ -47,6 +53,9 @@ WORKER = """
                 thread = threading.Thread(target=writing)
                 thread.start()
                 print("writing")
+            case ["put", seed]:
+                put(int(seed))
+                print("put")
             case ["quiet"]:
                 stop.set()
                 thread.join()
@@ -57,8 +66,8 @@ WORKER = """
 
 
 class Worker(Child):
-    def __init__(self, shared: bool, straight: bool) -> None:
-        super().__init__(WORKER.format(pages=PAGES, shared=shared, straight=straight))
+    def __init__(self, shared: bool, straight: bool, seed: int = 1) -> None:
+        super().__init__(WORKER.format(pages=PAGES, shared=shared, straight=straight, seed=seed))
         assert self.line() == "ready"
 
     def ask(self, what: str) -> str:
@@ -70,11 +79,15 @@ class Worker(Child):
         self.end()
 
 
+def hurry() -> None:
+    ksmrs.tunables.advisor_mode = "none"
+    ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+
+
 @contextlib.contextmanager
 def scattered(shared: bool) -> Iterator[list[Worker]]:
     """Two processes that show frames in an order which nobody else knows any more."""
-    ksmrs.tunables.advisor_mode = "none"
-    ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+    hurry()
     with contextlib.ExitStack() as stack:
         founders = [stack.enter_context(Worker(shared, False)) for _ in range(2)]
         wait_for(lambda: ksmrs.stats().pages_sharing == PAGES, "the founders' merge")
@@ -140,3 +153,32 @@ def test_a_child_that_was_born_meanwhile_follows_too(runtime_dir: object) -> Non
             assert (array == contents).all()
         """)
         wait_for(lambda: ksmrs.stats().pages_migrated >= PAGES, "the migration", 60)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_no_byte_is_lost_when_brokers_die_over_it(runtime_dir: Path, shared: bool) -> None:
+    with contextlib.ExitStack() as stack:
+        heirs = [stack.enter_context(Worker(shared, True, 0)) for _ in range(2)]
+        for heir in heirs:
+            assert heir.ask("write") == "writing"
+        for round in range(1, 5):
+            hurry()
+            # Frames come from these; then they are gone, and what shows the frames is in another order.
+            founders = [stack.enter_context(Worker(shared, False, round)) for _ in range(2)]
+            # Besides the heirs', but for the pages that are being written.
+            wait_for(lambda: ksmrs.stats().pages_sharing >= 2 * PAGES - 64, "the founders' merge", 60)
+            for heir in heirs:
+                assert heir.ask(f"put {round}") == "put"
+            wait_for(lambda: ksmrs.stats().pages_sharing >= 5 * PAGES // 2, "the heirs' merge", 60)
+            before = ksmrs.stats().pages_migrated
+            for founder in founders:
+                founder.leave()
+            enough = PAGES if round % 2 else 1
+            wait_for(lambda: ksmrs.stats().pages_migrated >= before + enough, "the migration", 60)  # noqa: B023
+            if round % 2 == 0:
+                assert kill_brokers(runtime_dir), "no broker died"
+        for heir in heirs:
+            assert heir.ask("quiet") == "0", "bytes that nobody wrote"
+            assert heir.ask("verify") == "0"
+            heir.leave()
