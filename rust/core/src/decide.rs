@@ -163,7 +163,7 @@ impl Core {
         for founding in self.foundings.live() {
             self.end_founding(founding);
         }
-        self.unstable.empty(&mut self.pages);
+        self.unstable.empty();
         self.events.full_scans = 0;
         let ids: Vec<ClientId> = self.clients.keys().copied().collect();
         for id in ids {
@@ -420,7 +420,7 @@ impl Core {
     fn begin_pass(&mut self) {
         self.pass = self.pass.wrapping_add(1).max(1);
         self.advisor.begin_pass();
-        self.unstable.empty(&mut self.pages);
+        self.unstable.empty();
         self.each_client(|client| {
             client.scan = Default::default();
             client.scanned = client.regions.is_empty();

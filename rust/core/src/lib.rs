@@ -31,6 +31,7 @@ mod rmap;
 mod scan;
 mod stable;
 mod stats;
+mod table;
 mod tunables;
 mod unstable;
 

@@ -107,7 +107,7 @@ impl Place {
     }
 }
 
-/// Two bytes: place 3 bits, four marks, age 4 bits, passes still to skip 4 bits.
+/// Two bytes: place 3 bits, four marks, age 4 bits, passes still to skip 4 bits, a fifth mark.
 #[derive(Clone, Copy, Default)]
 struct Meta(u16);
 
@@ -128,6 +128,8 @@ pub(crate) enum Mark {
     Item = 1 << 5,
     /// It waits for a frame or is part of an unanswered order: nothing is planned for it.
     Busy = 1 << 6,
+    /// The unstable tree it was in last had an odd number.
+    Odd = 1 << 15,
 }
 
 struct Window {

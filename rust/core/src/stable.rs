@@ -6,11 +6,12 @@
 
 use crate::checksum::{Checksum, spread};
 use crate::frame::{Frames, Slot};
-use hashbrown::{HashMap, HashTable};
+use crate::table::Table;
+use hashbrown::HashMap;
 
 #[derive(Default)]
 pub(crate) struct StableTree {
-    listed: HashTable<u32>,
+    listed: Table,
     chains: HashMap<Checksum, Vec<Slot>>,
     dups: u32,
 }
@@ -39,7 +40,7 @@ impl StableTree {
 
     fn listed(&self, frames: &Frames, checksum: Checksum) -> Option<Slot> {
         let same = |&slot: &u32| frames.get(Slot(slot)).checksum() == checksum;
-        self.listed.find(spread(checksum.tag()), same).map(|&slot| Slot(slot))
+        self.listed.find(spread(checksum.tag()), same).map(Slot)
     }
 
     fn list(&mut self, frames: &Frames, checksum: Checksum, slot: Slot) {
@@ -53,8 +54,7 @@ impl StableTree {
     pub(crate) fn insert(&mut self, frames: &mut Frames, slot: Slot) {
         let checksum = frames.get(slot).checksum();
         let Some(other) = self.listed(frames, checksum) else {
-            let hash_of = |&slot: &u32| spread(frames.get(Slot(slot)).checksum().tag());
-            self.listed.insert_unique(spread(checksum.tag()), slot.0, hash_of);
+            self.listed.insert(spread(checksum.tag()), slot.0, hash_in(frames));
             return;
         };
         let dups = self.chains.entry(checksum).or_default();
@@ -95,14 +95,7 @@ impl StableTree {
             }
             return;
         }
-        if let Ok(entry) = self.listed.find_entry(spread(checksum.tag()), |&other| other == slot.0) {
-            entry.remove();
-        }
-        let room = self.listed.capacity();
-        if room > 1024 && self.listed.len() < room / 8 {
-            let hash_of = |&slot: &u32| spread(frames.get(Slot(slot)).checksum().tag());
-            self.listed.shrink_to(room / 4, hash_of);
-        }
+        self.listed.remove(spread(checksum.tag()), slot.0, hash_in(frames));
     }
 
     pub(crate) fn chains(&self) -> u32 {
@@ -114,8 +107,12 @@ impl StableTree {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.listed.allocation_size() + self.chains.allocation_size() + self.dups as usize * size_of::<Slot>()
+        self.listed.bytes() + self.chains.allocation_size() + self.dups as usize * size_of::<Slot>()
     }
+}
+
+fn hash_in(frames: &Frames) -> impl Fn(&u32) -> u64 {
+    |&slot| spread(frames.get(Slot(slot)).checksum().tag())
 }
 
 #[cfg(test)]

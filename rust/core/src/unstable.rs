@@ -1,16 +1,19 @@
 //! The unstable tree: candidates by the tag of their checksum, emptied at each full scan.
 //!
 //! Page contents change under it, as in the kernel; it is only a way to find two pages that may be equal. An entry is a bare page
-//! number (4 bytes and a control byte); the tag lives in the page's own record, so an entry can be found and removed
-//! without a walk. Relies on `page.rs`; never holds a frame.
+//! number; the tag lies in the page's own record, so an entry can be found and removed without a walk. A new pass empties the table and not the
+//! records: a page says in which tree it was, by one bit, for none is left out of two passes with its mark on. Relies on `page.rs`; never holds
+//! a frame.
 
 use crate::checksum::spread;
 use crate::page::{Mark, PageNumber, Pages};
-use hashbrown::HashTable;
+use crate::table::Table;
 
 #[derive(Default)]
 pub(crate) struct UnstableTree {
-    table: HashTable<u32>,
+    table: Table,
+    /// Trees have been emptied an odd number of times.
+    odd: bool,
 }
 
 impl UnstableTree {
@@ -18,40 +21,38 @@ impl UnstableTree {
     pub(crate) fn find(&self, pages: &Pages, tag: u32) -> Option<PageNumber> {
         self.table
             .find(spread(tag), |&page| pages.tag(PageNumber(page)) == tag)
-            .map(|&page| PageNumber(page))
+            .map(PageNumber)
     }
 
     pub(crate) fn insert(&mut self, pages: &mut Pages, page: PageNumber, tag: u32) {
         debug_assert!(!pages.is(page, Mark::Candidate));
         pages.set_tag(page, tag);
         pages.mark(page, Mark::Candidate, true);
-        self.table
-            .insert_unique(spread(tag), page.0, |&page| spread(pages.tag(PageNumber(page))));
+        pages.mark(page, Mark::Odd, self.odd);
+        self.table.insert(spread(tag), page.0, hash_in(pages));
     }
 
     /// Takes the page out if it is in.
     pub(crate) fn remove(&mut self, pages: &mut Pages, page: PageNumber) {
-        if !pages.mark(page, Mark::Candidate, false) {
-            return;
-        }
-        if let Ok(entry) = self.table.find_entry(spread(pages.tag(page)), |&other| other == page.0) {
-            entry.remove();
+        // Of the tree before this one it may bear the mark still; of one before that too, and is not found then.
+        if pages.mark(page, Mark::Candidate, false) && pages.is(page, Mark::Odd) == self.odd {
+            self.table.remove(spread(pages.tag(page)), page.0, hash_in(pages));
         }
     }
 
     /// A new pass begins: nobody is a candidate.
-    pub(crate) fn empty(&mut self, pages: &mut Pages) {
-        let last_pass = self.table.len();
-        for page in self.table.drain() {
-            pages.mark(PageNumber(page), Mark::Candidate, false);
-        }
-        // About as many come back; what merged meanwhile does not.
-        self.table.shrink_to(last_pass, |_| 0);
+    pub(crate) fn empty(&mut self) {
+        self.table.clear();
+        self.odd = !self.odd;
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.table.allocation_size()
+        self.table.bytes()
     }
+}
+
+fn hash_in(pages: &Pages) -> impl Fn(&u32) -> u64 {
+    |&page| spread(pages.tag(PageNumber(page)))
 }
 
 #[cfg(test)]
@@ -74,8 +75,15 @@ mod tests {
         tree.remove(&mut pages, PageNumber(700));
         tree.remove(&mut pages, PageNumber(700));
         assert_eq!(tree.find(&pages, 700 * 7), None);
-        tree.empty(&mut pages);
-        assert_eq!(tree.find(&pages, 7), None);
-        assert!(!pages.is(PageNumber(1), Mark::Candidate));
+        for _ in 0..3 {
+            tree.empty();
+            assert_eq!(tree.find(&pages, 7), None);
+            tree.remove(&mut pages, PageNumber(1));
+            tree.insert(&mut pages, PageNumber(1), 7);
+            assert_eq!(tree.find(&pages, 7), Some(PageNumber(1)));
+            // It was in an older tree, under a tag that a page of this one has.
+            tree.remove(&mut pages, PageNumber(2));
+            assert_eq!(tree.find(&pages, 7), Some(PageNumber(1)));
+        }
     }
 }

@@ -1,0 +1,310 @@
+//! Core without a kernel: ten thousand clients and 1 TiB of pages, by default, and what deciding about them costs.
+//!
+//!     cargo bench -p ksmrs-core --bench simulation -- [CLIENTS [PAGES_EACH]]
+//!
+//! The clients are programs in groups of a hundred. A stretch of 64 pages is, by a hash, the group's own (40 of 100: the same
+//! in all of its processes), a pair's (20), zeros (10), or unlike any other (30). Everybody answers at once and honestly, and time is what core
+//! says it would wait for, so all that is measured is core: the time within its methods, and what it allocates by its own count. Prints one
+//! JSON object. Needs about 20 bytes of memory per simulated page.
+#![allow(clippy::print_stdout, reason = "it is a program, and this its report")]
+
+use ksmrs_core::{
+    Checksum, ClientId, Core, Decision, Epoch, Kind, Next, Observation, PageNumber, Run, RunOutcome, Seen, Slot,
+};
+use std::time::{Duration, Instant};
+
+const GROUP: u32 = 100;
+const STRETCH: u32 = 64;
+const ZERO: Checksum = Checksum(0);
+const NEWCOMER_PAGES: u32 = 10 << 18;
+const NOWHERE: u32 = u32::MAX - 1;
+
+fn mixed(a: u64, b: u64) -> u64 {
+    let mut z = a.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b.wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// What a page of a client holds.
+fn content(client: u32, page: u32) -> Checksum {
+    let group = client / GROUP;
+    let owner = match mixed(group.into(), (page / STRETCH).into()) % 100 {
+        0..40 => u64::from(group) | 1 << 40,
+        40..60 => u64::from(client / 2) | 1 << 41,
+        60..70 => return ZERO,
+        _ => u64::from(client) | 1 << 42,
+    };
+    Checksum(mixed(owner, page.into()) & Checksum::MASK | 1)
+}
+
+/// One client's place among the page numbers.
+#[derive(Clone, Copy)]
+struct Region {
+    first: PageNumber,
+    pages: u32,
+    looked_at: u32,
+}
+
+struct Simulation {
+    core: Core,
+    now: Duration,
+    /// Time within core's methods.
+    spent: Duration,
+    regions: Vec<Region>,
+    /// Slot per page number.
+    slots: Vec<u32>,
+    /// Whose the page number is, and whether it was looked at before.
+    owners: Vec<u32>,
+    seen: Vec<bool>,
+    frames: Vec<Checksum>,
+    next_calls: u64,
+    longest: Duration,
+    unequal: u64,
+}
+
+impl Simulation {
+    fn timed<T>(&mut self, call: impl FnOnce(&mut Core) -> T) -> T {
+        let began = Instant::now();
+        let answer = call(&mut self.core);
+        let took = began.elapsed();
+        self.spent += took;
+        self.longest = self.longest.max(took);
+        answer
+    }
+
+    fn join(&mut self, pages: u32) {
+        let client = self.regions.len() as u32;
+        let id = ClientId(client);
+        self.core.client_joined(id);
+        let (_, first) = self
+            .timed(|core| core.region_joined(id, Kind::Private, pages, 0))
+            .expect("page numbers");
+        let end = (first.0 + pages) as usize;
+        if self.slots.len() < end {
+            self.slots.resize(end, NOWHERE);
+            self.owners.resize(end, u32::MAX);
+            self.seen.resize(end, false);
+        }
+        self.owners[first.0 as usize..end].fill(client);
+        self.regions.push(Region {
+            first,
+            pages,
+            looked_at: 0,
+        });
+    }
+
+    fn content(&self, page: PageNumber) -> Checksum {
+        let client = self.owners[page.0 as usize];
+        content(client, page.0 - self.regions[client as usize].first.0)
+    }
+
+    fn observe(&mut self, page: PageNumber) -> Observation {
+        let index = page.0 as usize;
+        let changed = !std::mem::replace(&mut self.seen[index], true);
+        match Slot(self.slots[index]) {
+            Slot(NOWHERE) => Observation {
+                seen: Seen::Own,
+                checksum: Some((self.content(page), changed)),
+            },
+            Slot::ZERO => Observation {
+                seen: Seen::Zero,
+                checksum: None,
+            },
+            slot => Observation {
+                seen: Seen::Merged(slot),
+                checksum: None,
+            },
+        }
+    }
+
+    fn map(&mut self, run: Run) -> RunOutcome {
+        let mut outcome = RunOutcome::default();
+        for (i, (page, slot)) in run.iter().enumerate() {
+            let frame = if slot == Slot::ZERO {
+                ZERO
+            } else {
+                self.frames[slot.0 as usize]
+            };
+            if frame == self.content(page) {
+                self.slots[page.0 as usize] = slot.0;
+                outcome.merged[i / 64] |= 1 << (i % 64);
+            } else {
+                self.unequal += 1;
+            }
+        }
+        outcome
+    }
+
+    fn fill(&mut self, slot: Slot, content: Checksum) {
+        let index = slot.0 as usize;
+        if self.frames.len() <= index {
+            self.frames.resize(index + 1, ZERO);
+        }
+        self.frames[index] = content;
+    }
+
+    fn carry_out(&mut self, decision: Decision) {
+        match decision {
+            Decision::Scan {
+                client, order, ranges, ..
+            } => {
+                let observations: Vec<Observation> = ranges
+                    .iter()
+                    .flat_map(|range| range.iter())
+                    .map(|page| self.observe(page))
+                    .collect();
+                self.regions[client.0 as usize].looked_at += observations.len() as u32;
+                let now = self.now;
+                self.timed(|core| core.scanned(order, Epoch(1), &observations, now));
+            }
+            Decision::Stage { order, pages, .. } => {
+                let fills = self.timed(|core| core.staged(order, &|_| true));
+                let mut checksums = Vec::new();
+                for fill in fills {
+                    for i in 0..fill.pages {
+                        let content = self.content(pages[usize::from(fill.staging_index + i)]);
+                        self.fill(fill.slot.stepped(i.into()), content);
+                        checksums.push(Some(content));
+                    }
+                }
+                self.timed(|core| core.filled(order, &checksums));
+            }
+            Decision::Map { order, runs, .. } => {
+                let outcomes: Vec<RunOutcome> = runs.iter().map(|&run| self.map(run)).collect();
+                self.timed(|core| core.mapped(order, Epoch(1), &outcomes));
+            }
+            Decision::Move { frames } => {
+                let mut checksums = Vec::new();
+                for (from, to) in frames {
+                    let content = self.frames[from.0 as usize];
+                    self.fill(to, content);
+                    checksums.push(Some(content));
+                }
+                self.timed(|core| core.moved(&checksums));
+            }
+            Decision::Unmap { .. } | Decision::Punch { .. } => {}
+        }
+    }
+
+    /// Goes on to the end of the pass, or until `stop` says so.
+    fn pass(&mut self, stop: impl Fn(&Simulation) -> bool) -> Pass {
+        let (scans, scanned) = (self.core.full_scans(), self.core.stats().pages_scanned);
+        (self.spent, self.longest, self.next_calls) = Default::default();
+        let (simulated, began) = (self.now, Instant::now());
+        while self.core.full_scans() == scans && !stop(self) {
+            let now = self.now;
+            self.next_calls += 1;
+            match self.timed(|core| core.next(now)) {
+                Next::Do(decision) => self.carry_out(decision),
+                Next::WaitUntil(then) => self.now = then.max(now),
+                Next::Idle => break,
+            }
+        }
+        let stats = self.core.stats();
+        let pages = stats.pages_scanned - scanned;
+        Pass {
+            pages,
+            spent: self.spent,
+            longest: self.longest,
+            simulated: self.now - simulated,
+            wall: began.elapsed(),
+            metadata: self.core.metadata_bytes(),
+        }
+    }
+}
+
+struct Pass {
+    pages: u64,
+    spent: Duration,
+    longest: Duration,
+    simulated: Duration,
+    wall: Duration,
+    metadata: usize,
+}
+
+impl Pass {
+    fn json(&self, name: &str, all_pages: u64) -> String {
+        format!(
+            r#"{{"pass": "{name}", "pages": {}, "core_seconds": {:.3}, "ns_per_page": {:.1}, "longest_call_ms": {:.2}, "slept_seconds": {:.2}, "wall_seconds": {:.1}, "metadata_bytes_per_page": {:.2}}}"#,
+            self.pages,
+            self.spent.as_secs_f64(),
+            self.spent.as_nanos() as f64 / self.pages.max(1) as f64,
+            self.longest.as_secs_f64() * 1e3,
+            self.simulated.as_secs_f64(),
+            self.wall.as_secs_f64(),
+            16.0 + self.metadata as f64 / all_pages as f64,
+        )
+    }
+}
+
+fn main() {
+    let numbers: Vec<u32> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
+    let clients = numbers.first().copied().unwrap_or(10_000);
+    let each = numbers.get(1).copied().unwrap_or(26_844);
+    let pages = u64::from(clients) * u64::from(each);
+    let mut simulation = Simulation {
+        core: Core::new(u32::try_from(pages.min(1 << 31)).unwrap_or(1 << 31), ZERO),
+        now: Duration::ZERO,
+        spent: Duration::ZERO,
+        regions: Vec::new(),
+        slots: Vec::new(),
+        owners: Vec::new(),
+        seen: Vec::new(),
+        frames: Vec::new(),
+        next_calls: 0,
+        longest: Duration::ZERO,
+        unequal: 0,
+    };
+    for (knob, value) in [
+        ("advisor_mode", "none"),
+        ("pages_to_scan", "1000000"),
+        ("smart_scan", "0"),
+    ] {
+        simulation.core.set(knob, value).expect("a valid knob");
+    }
+    for _ in 0..clients {
+        simulation.join(each);
+    }
+    let mut passes = Vec::new();
+    for name in ["first look", "candidates, merges", "steady", "steady again"] {
+        passes.push(simulation.pass(|_| false).json(name, pages));
+    }
+    let merged = simulation.core.stats();
+    simulation.core.set("smart_scan", "1").expect("a valid knob");
+    for _ in 0..12 {
+        simulation.pass(|_| false);
+    }
+    passes.push(simulation.pass(|_| false).json("smart scan", pages));
+
+    // A newcomer with a hundred times the others' memory, looked at when half of the others are done.
+    simulation.core.set("smart_scan", "0").expect("a valid knob");
+    simulation.pass(|_| false);
+    simulation.join(NEWCOMER_PAGES);
+    simulation.regions.iter_mut().for_each(|region| region.looked_at = 0);
+    let newcomer = simulation.regions.len() - 1;
+    let half = clients as usize / 2;
+    simulation.pass(|simulation| simulation.regions[half].looked_at >= simulation.regions[half].pages);
+    let mut looked_at: Vec<u32> = simulation.regions[..newcomer]
+        .iter()
+        .map(|region| region.looked_at)
+        .collect();
+    looked_at.sort_unstable();
+    let fairness = format!(
+        r#"{{"median": {}, "least": {}, "most": {}, "newcomer_with_10_gib": {}}}"#,
+        looked_at[half],
+        looked_at[0],
+        looked_at[newcomer - 1],
+        simulation.regions[newcomer].looked_at
+    );
+    println!(
+        r#"{{"clients": {clients}, "pages": {pages}, "gib": {:.1}, "pages_shared": {}, "pages_sharing": {}, "pages_unshared": {}, "ksm_zero_pages": {}, "proposals_unequal": {}, "passes": [{}], "pages_looked_at_when_half_is_done": {fairness}}}"#,
+        pages as f64 / f64::from(1 << 18),
+        merged.pages_shared,
+        merged.pages_sharing,
+        merged.pages_unshared,
+        merged.ksm_zero_pages,
+        simulation.unequal,
+        passes.join(", "),
+    );
+}

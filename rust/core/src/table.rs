@@ -1,0 +1,99 @@
+//! A hash table of 32-bit numbers in parts that grow on their own.
+//!
+//! One table of a hundred million entries moves all of them when it grows, and everybody who waits for the broker waits for that:
+//! seconds. A part moves a 256th of them. The keys lie elsewhere (in a page's or a frame's record), so an entry is four bytes and a
+//! control byte. Relies on hashes whose bits 40 to 47 are as good as the others; never looks at a key itself.
+
+use hashbrown::HashTable;
+
+const PARTS: usize = 256;
+
+pub(crate) struct Table {
+    parts: Box<[HashTable<u32>; PARTS]>,
+    len: usize,
+}
+
+impl Default for Table {
+    fn default() -> Table {
+        Table {
+            parts: Box::new([const { HashTable::new() }; PARTS]),
+            len: 0,
+        }
+    }
+}
+
+fn part(hash: u64) -> usize {
+    (hash >> 40) as usize % PARTS
+}
+
+impl Table {
+    pub(crate) fn find(&self, hash: u64, is: impl FnMut(&u32) -> bool) -> Option<u32> {
+        self.parts[part(hash)].find(hash, is).copied()
+    }
+
+    pub(crate) fn find_mut(&mut self, hash: u64, is: impl FnMut(&u32) -> bool) -> Option<&mut u32> {
+        self.parts[part(hash)].find_mut(hash, is)
+    }
+
+    /// Adds an entry that is not in it.
+    pub(crate) fn insert(&mut self, hash: u64, entry: u32, hash_of: impl Fn(&u32) -> u64) {
+        self.parts[part(hash)].insert_unique(hash, entry, hash_of);
+        self.len += 1;
+    }
+
+    /// Takes an entry out; returns whether it was in.
+    pub(crate) fn remove(&mut self, hash: u64, entry: u32, hash_of: impl Fn(&u32) -> u64) -> bool {
+        let part = &mut self.parts[part(hash)];
+        let Ok(found) = part.find_entry(hash, |&other| other == entry) else {
+            return false;
+        };
+        found.remove();
+        self.len -= 1;
+        let room = part.capacity();
+        if room > 64 && part.len() < room / 8 {
+            part.shrink_to(room / 4, hash_of);
+        }
+        true
+    }
+
+    /// Takes everything out, and keeps the room: about as many come back.
+    pub(crate) fn clear(&mut self) {
+        for part in self.parts.iter_mut() {
+            let last = part.len();
+            part.clear();
+            part.shrink_to(last, |_| 0);
+        }
+        self.len = 0;
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        let parts = self.parts.iter().map(HashTable::allocation_size);
+        size_of_val(&*self.parts) + parts.sum::<usize>()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::spread;
+
+    #[test]
+    fn entries_come_and_go_and_their_room_with_them() {
+        let mut table = Table::default();
+        let hash_of = |&entry: &u32| spread(entry);
+        for entry in 0..100_000 {
+            table.insert(spread(entry), entry, hash_of);
+        }
+        let full = table.bytes();
+        assert!((0..100_000).all(|entry| table.find(spread(entry), |&other| other == entry) == Some(entry)));
+        assert!(full < 100_000 * 10, "{full} bytes: the parts are not filled alike");
+        for entry in 100..100_000 {
+            assert!(table.remove(spread(entry), entry, hash_of));
+            assert!(!table.remove(spread(entry), entry, hash_of));
+        }
+        assert_eq!(table.len, 100);
+        assert!(table.bytes() < full / 8, "{} of {full} bytes are left", table.bytes());
+        table.clear();
+        assert_eq!(table.find(spread(7), |&other| other == 7), None);
+    }
+}
