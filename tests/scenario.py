@@ -2,7 +2,8 @@
 
 A scenario starts processes, each with one range of memory, tells them what to put where and what to opt in, lets whole
 passes go by without a write, and looks at the counters, whose names are the kernel's for both. The processes keep what they
-wrote in ordinary memory and compare with it. Relies on full_scans for the passes, and puts the kernel's knobs back in any case.
+wrote in ordinary memory and compare with it. Relies on full_scans for the passes and on kernel_ksm.py for the kernel's knobs,
+which are put back in any case.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
+import kernel_ksm
 import ksmrs
 from children import Child, wait_for
 
 PAGE = 4096
-KSM = Path("/sys/kernel/mm/ksm")
 MERGEABLE, UNMERGEABLE, NOHUGEPAGE = 12, 13, 15
 COUNTERS = (
     "pages_shared",
@@ -95,10 +96,10 @@ class Kernel(Engine):
     name = "kernel"
 
     def get(self, name: str) -> int:
-        return int((KSM / name).read_text())
+        return kernel_ksm.counter(name)
 
     def set(self, name: str, value: int | str) -> None:
-        (KSM / name).write_text(str(value))
+        kernel_ksm.turn(name, value)
 
 
 class Ours(Engine):
@@ -127,52 +128,22 @@ ENGINES = ("kernel", "ksmrs private", "ksmrs shared")
 
 def why_not(name: str) -> str | None:
     """Why an engine cannot be had, or None."""
-    if name != "kernel":
-        return None
-    if not KSM.is_dir():
-        return "this kernel has no /sys/kernel/mm/ksm"
-    if os.geteuid() != 0 or not os.access(KSM / "run", os.W_OK):
-        return "kernel KSM is root's"
-    kernel = Kernel()
-    if any(kernel.get(name) for name in ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")):
-        return "somebody else's pages are registered with kernel KSM"
-    return None
-
-
-def chosen(text: str) -> str:
-    """The value of a knob; of one that lists its choices, the one in brackets."""
-    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+    return kernel_ksm.unavailable() if name == "kernel" else None
 
 
 @contextmanager
-def engine(name: str) -> Iterator[Engine]:
-    """An engine with the knobs of every scenario, and afterwards the kernel's as they were."""
-    if name != "kernel":
-        ours = Ours(name.endswith("shared"))
-        ksmrs.connect()
-        ours.set("advisor_mode", "none")
-        for knob, value in KNOBS.items():
-            ours.set(knob, value)
-        yield ours
+def engine(name: str, **knobs: int) -> Iterator[Engine]:
+    """An engine with the knobs of every scenario, or these, and afterwards the kernel's as they were."""
+    wanted: dict[str, int | str] = {"advisor_mode": "none", **KNOBS, **knobs}
+    if name == "kernel":
+        with kernel_ksm.turned(wanted):
+            yield Kernel()
         return
-    kernel = Kernel()
-    names = [*KNOBS, "advisor_mode"]
-    before = {knob: chosen((KSM / knob).read_text()) for knob in names if (KSM / knob).exists()}
-    try:
-        if "advisor_mode" in before:
-            kernel.set("advisor_mode", "none")
-        # A knob may want that nothing is merged.
-        kernel.set("run", 2)
-        for knob, value in reversed(KNOBS.items()):
-            if knob in before:
-                kernel.set(knob, value)
-        yield kernel
-    finally:
-        kernel.set("run", 2)
-        for knob in reversed(names):
-            # pages_to_scan is the advisor's while that is on, and was then not ours to change.
-            if knob in before and not (knob == "pages_to_scan" and before.get("advisor_mode", "none") != "none"):
-                kernel.set(knob, before[knob])
+    ours = Ours(name.endswith("shared"))
+    ksmrs.connect()
+    for knob, value in wanted.items():
+        ours.set(knob, value)
+    yield ours
 
 
 class Process(Child):
@@ -259,9 +230,7 @@ class Scene:
 
 @contextmanager
 def scene(name: str, **knobs: int) -> Iterator[Scene]:
-    with engine(name) as made, ExitStack() as ends:
-        for knob, value in knobs.items():
-            made.set(knob, value)
+    with engine(name, **knobs) as made, ExitStack() as ends:
         yield Scene(made, ends)
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
+import kernel_ksm
+from children import Child
 from scenario import ENGINES, KNOBS, Scene, scene, why_not
 
 PAGES = 256
@@ -210,3 +212,39 @@ def test_run_0_keeps_and_run_2_ends_what_is_merged(on: Scene) -> None:
 
 def test_every_scenario_begins_with_the_knobs_that_it_says(on: Scene) -> None:
     assert {knob: on.engine.get(knob) for knob in KNOBS} == KNOBS
+
+
+def test_the_kernels_knobs_come_back_whatever_happens() -> None:
+    reason = why_not("kernel")
+    if reason is not None:
+        pytest.skip(reason)
+    names = [name for name in kernel_ksm.KNOBS if (kernel_ksm.KSM / name).exists()]
+    before = {name: kernel_ksm.knob(name) for name in names}
+    with pytest.raises(ZeroDivisionError), kernel_ksm.turned({"run": 1, "pages_to_scan": 77, "advisor_mode": "none"}):
+        assert (kernel_ksm.knob("run"), kernel_ksm.knob("pages_to_scan")) == ("1", "77")
+        kernel_ksm.turn("sleep_millisecs", 12345)
+        raise ZeroDivisionError
+    assert {name: kernel_ksm.knob(name) for name in names} == before
+    with pytest.raises(OSError, match="max_page_sharing=1"), kernel_ksm.turned({"max_page_sharing": 1, "run": 1}):
+        pass
+    assert {name: kernel_ksm.knob(name) for name in names} == before
+
+
+def test_memory_that_somebody_else_registered_keeps_the_kernel_from_being_the_oracle() -> None:
+    reason = why_not("kernel")
+    if reason is not None:
+        pytest.skip(reason)
+    with Child(
+        """
+        import mmap
+        memory = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory.madvise(12)
+        print("advised")
+        sys.stdin.read()
+        """
+    ) as stranger:
+        assert stranger.line() == "advised"
+        assert why_not("kernel") == f"somebody else's pages are registered with kernel KSM: processes [{stranger.pid}]"
+        stranger.end_of_input()
+        stranger.end()
+    assert why_not("kernel") is None
