@@ -53,6 +53,9 @@ pub(crate) enum Life {
     Filled,
     /// The same, but another slot has the content now: nobody is sent here any more, and whoever is here follows.
     Moved,
+    /// The same, but no page shows it any more, and so its content is nobody's: it waits for those who may be on their way here, and
+    /// for children whom nobody knows. As where the kernel finds a stable node stale.
+    Stale,
     /// Its memory is about to be given back; no client shows it.
     Doomed,
     /// Its memory was given back, but pages still lie over it.
@@ -338,7 +341,7 @@ impl Frames {
     /// The frame's memory is to be given back.
     pub(crate) fn doom(&mut self, slot: Slot) {
         let frame = self.get_mut(slot);
-        let was_filled = matches!(frame.life, Life::Filled | Life::Moved);
+        let was_filled = matches!(frame.life, Life::Filled | Life::Moved | Life::Stale);
         debug_assert!(was_filled || frame.life == Life::Filling);
         frame.life = Life::Doomed;
         self.filled -= u32::from(was_filled);
