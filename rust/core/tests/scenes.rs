@@ -212,6 +212,30 @@ fn a_chain_loses_a_frame_with_the_last_page_that_shows_it() {
 }
 
 #[test]
+fn pages_on_their_way_to_a_frame_are_not_unmerged_yet() {
+    let (mut world, ids) = clients(1, 4, |_, _| 10);
+    world.core.request_merge(world.now);
+    while world.runs.is_empty() {
+        if !world.pump(1) {
+            world.work(ids[0], 0);
+            world.report(ids[0], 0);
+        }
+    }
+    world.core.set("run", "2").unwrap();
+    let left = |world: &World| {
+        let stats = world.core.stats();
+        (stats.pages_shared, stats.pages_proposed)
+    };
+    assert_eq!(left(&world), (0, 4), "a client maps them now");
+    world.work(ids[0], 0);
+    world.report(ids[0], 0);
+    assert_eq!(left(&world), (1, 0));
+    world.settle();
+    assert_eq!(left(&world), (0, 0));
+    world.check_counts();
+}
+
+#[test]
 fn a_vma_budget_is_spent_on_the_longest_runs() {
     // Two long stretches, and pages that equal each other only one by one.
     let content = |n: u32, i: u32| {
