@@ -95,7 +95,13 @@ impl Frame {
         self.checksum = [checksum.0 as u16, (checksum.0 >> 16) as u16, (checksum.0 >> 32) as u16];
     }
 
-    /// Everything that refers to it. Held by `max_page_sharing`, which keeps the counts within 16 bits.
+    /// What `max_page_sharing` limits: pages that show it, and those on their way to it or from it. Not those that were written and
+    /// only lie over its slot still, for as long as their mappings stay.
+    pub(crate) fn sharing(&self) -> u32 {
+        u32::from(self.shown) + u32::from(self.held)
+    }
+
+    /// Everything that refers to it. Nobody is sent to a frame with `MOST_SHARING`, which keeps the counts within 16 bits.
     pub(crate) fn references(&self) -> u32 {
         u32::from(self.shown) + u32::from(self.held) + u32::from(self.covered)
     }

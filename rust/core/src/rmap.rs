@@ -233,10 +233,16 @@ mod tests {
         let (mut rmap, slot) = one_frame();
         rmap.propose(slot);
         rmap.leave(Place::Merged(slot), CLIENT, Epoch(4));
-        assert_eq!((rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)), (0, None));
+        assert_eq!(
+            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
+            (0, None)
+        );
         rmap.enter(Place::Merged(slot));
         rmap.withdraw(slot);
-        assert_eq!((rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)), (1, Some(slot)));
+        assert_eq!(
+            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
+            (1, Some(slot))
+        );
         rmap.leave(Place::Merged(slot), CLIENT, Epoch(5));
         assert_eq!(rmap.next_punch(), None, "children may show it still");
         rmap.sealed(CLIENT, Epoch(5));
