@@ -14,7 +14,8 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 import kernel_ksm
 import ksmrs
 from children import Child, wait_for
+from ksmrs import PageState
 
 PAGE = 4096
 MERGEABLE, UNMERGEABLE, NOHUGEPAGE = 12, 13, 15
@@ -45,6 +47,10 @@ KNOBS = {
     "max_page_sharing": 256,
 }
 """What every scenario begins with."""
+OWN_MEMORY, NO_MEMORY = 0, -1
+"""What a page shows that does not show a frame; of zeros, it may have no memory."""
+KPF_KSM, KPF_ZERO_PAGE = 21, 24
+"""Bits of /proc/kpageflags."""
 PASSES = 3
 """A page is volatile in the first, a candidate in the second, and has met its equal in the third."""
 
@@ -54,6 +60,11 @@ def content(number: int) -> bytes:
     if number == 0:
         return bytes(PAGE)
     return np.random.default_rng(number).integers(1, 256, PAGE, np.uint8).tobytes()
+
+
+def in_another_thread(act: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(act).result()
 
 
 class Engine:
@@ -175,6 +186,10 @@ class Process(Child):
         """The physical page of each page (root)."""
         return list(self.do("frames"))
 
+    def shown(self) -> list[int]:
+        """What each page shows: the physical page of a frame, OWN_MEMORY, or NO_MEMORY (root)."""
+        return list(self.do("shown"))
+
     def fork(self) -> None:
         """From now on a child has it all, too."""
         self.do("fork")
@@ -264,12 +279,20 @@ class Served:
         data = np.frombuffer(b"".join(map(content, contents)), np.uint8).copy()
         if last_byte is not None:
             data[-1] = last_byte
-        for target in (self._bytes, self._expected):
-            target[first * PAGE : first * PAGE + data.size] = data
+        self._expected[first * PAGE : first * PAGE + data.size] = data
+
+        def write() -> None:
+            # The last page first: a thread that writes to merged shared pages in sequence takes their neighbours along, which
+            # would merge again where the kernel had never parted them.
+            for page in reversed(range(first, first + len(contents))):
+                here = slice(page * PAGE, (page + 1) * PAGE)
+                self._bytes[here] = self._expected[here]
+
+        in_another_thread(write)
 
     def poke(self, page: int, byte: int) -> None:
-        for target in (self._bytes, self._expected):
-            target[page * PAGE] = byte
+        self._expected[page * PAGE] = byte
+        in_another_thread(lambda: self._bytes.__setitem__(page * PAGE, byte))
 
     def advise(self, mergeable: bool, first: int, pages: int) -> None:
         if self._kernel:
@@ -281,6 +304,22 @@ class Served:
     def verify(self) -> list[int]:
         wrong = (self._bytes != self._expected).reshape(-1, PAGE).any(1)
         return [int(page) for page in wrong.nonzero()[0]]
+
+    def shown(self) -> list[int]:
+        # A page that nobody read since it merged need not be mapped.
+        self._bytes[::PAGE].sum()
+        frames = self.frames()
+        if self._kernel:
+            with Path("/proc/kpageflags").open("rb", buffering=0) as file:
+                flags = [int.from_bytes(os.pread(file.fileno(), 8, frame * 8), "little") for frame in frames]
+            merged, zero = ([bool(flag >> bit & 1) for flag in flags] for bit in (KPF_KSM, KPF_ZERO_PAGE))
+        else:
+            states = self._region.page_states()
+            merged, zero = ([state == wanted for state in states] for wanted in (PageState.MERGED, PageState.ZERO))
+        return [
+            NO_MEMORY if is_zero else frame if is_merged else OWN_MEMORY
+            for frame, is_merged, is_zero in zip(frames, merged, zero, strict=True)
+        ]
 
     def frames(self) -> list[int]:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:
