@@ -60,7 +60,7 @@ def by_kernel(nbytes: int, at: np.ndarray[Any, Any]) -> float:
             if time.monotonic() > deadline:
                 raise SystemExit(f"kernel KSM merged less than everything in {PATIENCE_SECONDS} s")
             time.sleep(0.01)
-        (kernel_ksm.KSM / "run").write_text("0")
+        kernel_ksm.turn("run", 0)
         return twins.write(at)
 
 

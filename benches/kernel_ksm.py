@@ -1,14 +1,17 @@
-"""Kernel Samepage Merging as the rival: its knobs, its counters, its CPU time. No scenario of its own.
+"""Kernel Samepage Merging, the rival of the benches and the oracle of the tests: its knobs, its counters, its CPU time.
 
-Relies on root and /sys/kernel/mm/ksm. Every knob that is turned is put back, whatever happens.
+Relies on root and /sys/kernel/mm/ksm, and on nobody else's memory being registered there. Every knob is put back,
+whatever happens. No scenario of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +21,23 @@ if TYPE_CHECKING:
 PAGE = 4096
 KSM = Path("/sys/kernel/mm/ksm")
 KNOBS = (
-    "run",
+    "advisor_max_cpu",
+    "advisor_min_pages_to_scan",
+    "advisor_max_pages_to_scan",
+    "advisor_target_scan_time",
     "pages_to_scan",
     "sleep_millisecs",
     "smart_scan",
-    "advisor_mode",
     "use_zero_pages",
     "max_page_sharing",
+    "merge_across_nodes",
+    "stable_node_chains_prune_millisecs",
+    "advisor_mode",
+    "run",
 )
+"""All that can be turned, in the order in which it can be: pages_to_scan is the advisor's once that is on."""
+SECONDS_TO_LET_GO = 10
+"""How long a process that has just ended may still map what was merged."""
 MADV_MERGEABLE = 12
 
 
@@ -39,14 +51,28 @@ def opt_in(array: np.ndarray[Any, Any]) -> None:
 
 
 def unavailable() -> str | None:
-    """Why the kernel's KSM cannot run here, or None."""
+    """Why the kernel's KSM cannot be had for oneself here, or None."""
     if not KSM.is_dir():
         return "this kernel has no /sys/kernel/mm/ksm"
     if os.geteuid() != 0 or not os.access(KSM / "run", os.W_OK):
         return "turning kernel KSM on needs root"
-    if counter("pages_shared") or counter("pages_sharing"):
-        return "somebody else's pages are merged by kernel KSM"
+    others = registered()
+    if others:
+        return f"somebody else's pages are registered with kernel KSM: processes {others}"
     return None
+
+
+def registered() -> list[int]:
+    """The processes with memory that is advised MADV_MERGEABLE. The counters do not tell: they are 0 until somebody scans."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            smaps = (folder / "smaps").read_bytes()
+        except OSError:
+            continue
+        if any(b" mg" in line for line in smaps.splitlines() if line.startswith(b"VmFlags:")):
+            found.append(int(folder.name))
+    return sorted(found)
 
 
 def counter(name: str) -> int:
@@ -65,34 +91,68 @@ def ksmd_seconds() -> float:
     raise RuntimeError("no ksmd, though there is /sys/kernel/mm/ksm")
 
 
-def _chosen(text: str) -> str:
-    """The value of a knob; of those that list their choices, the one in brackets."""
+def knob(name: str) -> str:
+    """The value of a knob; of one that lists its choices, the one in brackets."""
+    text = (KSM / name).read_text()
     return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
 
 
-@contextmanager
-def tuned_to_the_maximum() -> Iterator[None]:
-    """Turn KSM to its fastest, and put everything back as it was; what was merged is unmerged."""
-    before = {name: _chosen((KSM / name).read_text()) for name in KNOBS if (KSM / name).exists()}
-    fastest = {
-        "advisor_mode": "none",
-        "smart_scan": "0",
-        "sleep_millisecs": "0",
-        "pages_to_scan": "100000",
-        "use_zero_pages": "0",
-        "run": "1",
-    }
+def turn(name: str, value: int | str) -> None:
+    """Turn one knob; the kernel's refusal is an OSError, which names the knob."""
     try:
-        for name, value in fastest.items():
-            if name in before:
-                (KSM / name).write_text(value)
+        (KSM / name).write_text(str(value))
+    except OSError as refusal:
+        raise OSError(refusal.errno, f"{refusal.strerror}: {name}={value}", str(KSM / name)) from None
+
+
+def _turn_when_free(name: str, value: int | str) -> None:
+    """Turn a knob that is refused while a frame is mapped, as one is until the kernel is done with a process that ended."""
+    until = time.monotonic() + SECONDS_TO_LET_GO
+    while True:
+        try:
+            return turn(name, value)
+        except OSError as refusal:
+            if refusal.errno != errno.EBUSY or time.monotonic() > until:
+                raise
+        time.sleep(0.005)
+
+
+def _turn_all(values: Mapping[str, int | str]) -> None:
+    """Turn knobs, each one even if another is refused: what is merged is unmerged first, and the advisor told to wait."""
+    turns: list[tuple[str, int | str]] = [
+        ("run", 2),
+        ("advisor_mode", "none"),
+        *((name, values[name]) for name in KNOBS if name in values),
+    ]
+    with ExitStack() as last_first:
+        for name, value in reversed(turns):
+            if (KSM / name).exists():
+                last_first.callback(_turn_when_free, name, value)
+
+
+@contextmanager
+def turned(knobs: Mapping[str, int | str]) -> Iterator[None]:
+    """With these knobs, and afterwards with all of them as they were, whatever was turned meanwhile.
+
+    What is merged is unmerged before and after. Knobs that this kernel does not have are left out.
+    """
+    before: dict[str, int | str] = {name: knob(name) for name in KNOBS if (KSM / name).exists()}
+    try:
+        _turn_all({**before, **knobs})
         yield
     finally:
-        (KSM / "run").write_text("2")
-        for name in reversed(KNOBS):
-            if name in before:
-                # Refused while the advisor is on, or while pages are shared: then it was not changed either.
-                try:
-                    (KSM / name).write_text(before[name])
-                except OSError:
-                    continue
+        _turn_all(before)
+
+
+def tuned_to_the_maximum() -> AbstractContextManager[None]:
+    """KSM at its fastest."""
+    return turned(
+        {
+            "advisor_mode": "none",
+            "smart_scan": 0,
+            "sleep_millisecs": 0,
+            "pages_to_scan": 100_000,
+            "use_zero_pages": 0,
+            "run": 1,
+        }
+    )

@@ -2,7 +2,8 @@
 
 A scenario starts processes, each with one range of memory, tells them what to put where and what to opt in, lets whole
 passes go by without a write, and looks at the counters, whose names are the kernel's for both. The processes keep what they
-wrote in ordinary memory and compare with it. Relies on full_scans for the passes, and puts the kernel's knobs back in any case.
+wrote in ordinary memory and compare with it. Relies on full_scans for the passes and on kernel_ksm.py for the kernel's knobs,
+which are put back in any case.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import kernel_ksm
 import ksmrs
 from children import Child, wait_for
+from ksmrs import PageState
 
 PAGE = 4096
-KSM = Path("/sys/kernel/mm/ksm")
 MERGEABLE, UNMERGEABLE, NOHUGEPAGE = 12, 13, 15
 COUNTERS = (
     "pages_shared",
@@ -44,6 +47,10 @@ KNOBS = {
     "max_page_sharing": 256,
 }
 """What every scenario begins with."""
+OWN_MEMORY, NO_MEMORY = 0, -1
+"""What a page shows that does not show a frame; of zeros, it may have no memory."""
+KPF_KSM, KPF_ZERO_PAGE = 21, 24
+"""Bits of /proc/kpageflags."""
 PASSES = 3
 """A page is volatile in the first, a candidate in the second, and has met its equal in the third."""
 
@@ -53,6 +60,11 @@ def content(number: int) -> bytes:
     if number == 0:
         return bytes(PAGE)
     return np.random.default_rng(number).integers(1, 256, PAGE, np.uint8).tobytes()
+
+
+def in_another_thread(act: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(act).result()
 
 
 class Engine:
@@ -95,10 +107,10 @@ class Kernel(Engine):
     name = "kernel"
 
     def get(self, name: str) -> int:
-        return int((KSM / name).read_text())
+        return kernel_ksm.counter(name)
 
     def set(self, name: str, value: int | str) -> None:
-        (KSM / name).write_text(str(value))
+        kernel_ksm.turn(name, value)
 
 
 class Ours(Engine):
@@ -127,52 +139,22 @@ ENGINES = ("kernel", "ksmrs private", "ksmrs shared")
 
 def why_not(name: str) -> str | None:
     """Why an engine cannot be had, or None."""
-    if name != "kernel":
-        return None
-    if not KSM.is_dir():
-        return "this kernel has no /sys/kernel/mm/ksm"
-    if os.geteuid() != 0 or not os.access(KSM / "run", os.W_OK):
-        return "kernel KSM is root's"
-    kernel = Kernel()
-    if any(kernel.get(name) for name in ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")):
-        return "somebody else's pages are registered with kernel KSM"
-    return None
-
-
-def chosen(text: str) -> str:
-    """The value of a knob; of one that lists its choices, the one in brackets."""
-    return text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+    return kernel_ksm.unavailable() if name == "kernel" else None
 
 
 @contextmanager
-def engine(name: str) -> Iterator[Engine]:
-    """An engine with the knobs of every scenario, and afterwards the kernel's as they were."""
-    if name != "kernel":
-        ours = Ours(name.endswith("shared"))
-        ksmrs.connect()
-        ours.set("advisor_mode", "none")
-        for knob, value in KNOBS.items():
-            ours.set(knob, value)
-        yield ours
+def engine(name: str, **knobs: int) -> Iterator[Engine]:
+    """An engine with the knobs of every scenario, or these, and afterwards the kernel's as they were."""
+    wanted: dict[str, int | str] = {"advisor_mode": "none", **KNOBS, **knobs}
+    if name == "kernel":
+        with kernel_ksm.turned(wanted):
+            yield Kernel()
         return
-    kernel = Kernel()
-    names = [*KNOBS, "advisor_mode"]
-    before = {knob: chosen((KSM / knob).read_text()) for knob in names if (KSM / knob).exists()}
-    try:
-        if "advisor_mode" in before:
-            kernel.set("advisor_mode", "none")
-        # A knob may want that nothing is merged.
-        kernel.set("run", 2)
-        for knob, value in reversed(KNOBS.items()):
-            if knob in before:
-                kernel.set(knob, value)
-        yield kernel
-    finally:
-        kernel.set("run", 2)
-        for knob in reversed(names):
-            # pages_to_scan is the advisor's while that is on, and was then not ours to change.
-            if knob in before and not (knob == "pages_to_scan" and before.get("advisor_mode", "none") != "none"):
-                kernel.set(knob, before[knob])
+    ours = Ours(name.endswith("shared"))
+    ksmrs.connect()
+    for knob, value in wanted.items():
+        ours.set(knob, value)
+    yield ours
 
 
 class Process(Child):
@@ -203,6 +185,10 @@ class Process(Child):
     def frames(self) -> list[int]:
         """The physical page of each page (root)."""
         return list(self.do("frames"))
+
+    def shown(self) -> list[int]:
+        """What each page shows: the physical page of a frame, OWN_MEMORY, or NO_MEMORY (root)."""
+        return list(self.do("shown"))
 
     def fork(self) -> None:
         """From now on a child has it all, too."""
@@ -259,9 +245,7 @@ class Scene:
 
 @contextmanager
 def scene(name: str, **knobs: int) -> Iterator[Scene]:
-    with engine(name) as made, ExitStack() as ends:
-        for knob, value in knobs.items():
-            made.set(knob, value)
+    with engine(name, **knobs) as made, ExitStack() as ends:
         yield Scene(made, ends)
 
 
@@ -295,12 +279,20 @@ class Served:
         data = np.frombuffer(b"".join(map(content, contents)), np.uint8).copy()
         if last_byte is not None:
             data[-1] = last_byte
-        for target in (self._bytes, self._expected):
-            target[first * PAGE : first * PAGE + data.size] = data
+        self._expected[first * PAGE : first * PAGE + data.size] = data
+
+        def write() -> None:
+            # The last page first: a thread that writes to merged shared pages in sequence takes their neighbours along, which
+            # would merge again where the kernel had never parted them.
+            for page in reversed(range(first, first + len(contents))):
+                here = slice(page * PAGE, (page + 1) * PAGE)
+                self._bytes[here] = self._expected[here]
+
+        in_another_thread(write)
 
     def poke(self, page: int, byte: int) -> None:
-        for target in (self._bytes, self._expected):
-            target[page * PAGE] = byte
+        self._expected[page * PAGE] = byte
+        in_another_thread(lambda: self._bytes.__setitem__(page * PAGE, byte))
 
     def advise(self, mergeable: bool, first: int, pages: int) -> None:
         if self._kernel:
@@ -312,6 +304,22 @@ class Served:
     def verify(self) -> list[int]:
         wrong = (self._bytes != self._expected).reshape(-1, PAGE).any(1)
         return [int(page) for page in wrong.nonzero()[0]]
+
+    def shown(self) -> list[int]:
+        # A page that nobody read since it merged need not be mapped.
+        self._bytes[::PAGE].sum()
+        frames = self.frames()
+        if self._kernel:
+            with Path("/proc/kpageflags").open("rb", buffering=0) as file:
+                flags = [int.from_bytes(os.pread(file.fileno(), 8, frame * 8), "little") for frame in frames]
+            merged, zero = ([bool(flag >> bit & 1) for flag in flags] for bit in (KPF_KSM, KPF_ZERO_PAGE))
+        else:
+            states = self._region.page_states()
+            merged, zero = ([state == wanted for state in states] for wanted in (PageState.MERGED, PageState.ZERO))
+        return [
+            NO_MEMORY if is_zero else frame if is_merged else OWN_MEMORY
+            for frame, is_merged, is_zero in zip(frames, merged, zero, strict=True)
+        ]
 
     def frames(self) -> list[int]:
         with Path("/proc/self/pagemap").open("rb", buffering=0) as pagemap:

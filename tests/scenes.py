@@ -53,6 +53,23 @@ def merged(*arrays: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     raise SystemExit(f"the scene does not merge: {ksmrs.stats()}")
 
 
+def let_go(pages: int, rounds: int = 4) -> None:
+    """Ask for merging until the broker counts so many pages of this process as merged and, in so many rounds in a row, lets go
+    of nothing more. What it keeps then of what was given up, it keeps for children."""
+    before, quiet = None, 0
+    until = time.monotonic() + 60
+    while quiet < rounds:
+        if time.monotonic() > until:
+            raise SystemExit(f"the broker does not come to rest: {ksmrs.stats()}")
+        ksmrs.merge(10)
+        stats, merging = ksmrs.stats(), ksmrs.process_stats().ksm_merging_pages
+        now = (stats.frames, stats.references_in_limbo, merging)
+        quiet = quiet + 1 if now == before and merging == pages else 0
+        before = now
+        # It looks at life pages by the clock, not at each round.
+        time.sleep(0.05)
+
+
 def child(
     array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, np.dtype[np.uint8]], registered: bool = False
 ) -> tuple[int, int]:
@@ -93,18 +110,14 @@ def children_show_frames() -> None:
     older = child(arrays[0], expected)
     for seed, array in enumerate(others, 3):
         array[:] = content(seed)
-    for _ in range(4):
-        ksmrs.merge(10)
+    let_go(PAGES * len(arrays))
     younger = child(arrays[0], expected)
     for seed, array in enumerate(arrays, 5):
         array[:] = content(seed)
-    for _ in range(4):
-        ksmrs.merge(10)
+    let_go(0)
     ended(older)
-    # The broker notices within its next look at the life pages; then it may free what the older child kept, and no more.
-    for _ in range(20):
-        ksmrs.merge(10)
-        time.sleep(0.1)
+    # Now it may free what the older child kept, and no more.
+    let_go(0, rounds=20)
     ended(younger)
 
 
@@ -116,9 +129,7 @@ def born_children_show_frames() -> None:
     born = child(arrays[0], expected, registered=True)
     for seed, array in enumerate(arrays, 5):
         array[:] = content(seed)
-    for _ in range(20):
-        ksmrs.merge(10)
-        time.sleep(0.1)
+    let_go(0, rounds=20)
     ended(born)
 
 
@@ -130,11 +141,9 @@ def unregistered_siblings_show_frames() -> None:
     unknown = child(arrays[0], expected)
     for seed, array in enumerate(arrays, 5):
         array[:] = content(seed)
-    for _ in range(4):
-        ksmrs.merge(10)
+    let_go(0)
     born = child(arrays[0], content(5), registered=True)
-    for _ in range(4):
-        ksmrs.merge(10)
+    let_go(0)
     ended(unknown)
     ended(born)
 
@@ -177,14 +186,14 @@ def late_answer() -> None:
         if victim.poll() is not None or time.monotonic() > until:
             raise SystemExit("the victim did not come as far as a merge")
         time.sleep(0.01)
-    began = time.monotonic()
-    while time.monotonic() - began < 6:
+    while ksmrs.stats().clients_unplanned == 0:
         # The broker gives up on a client after five seconds.
+        if time.monotonic() > until:
+            raise SystemExit("the broker does not give up on the victim")
         ksmrs.merge(1)
     for seed, array in enumerate(arrays, 2):
         array[:] = content(seed)
-    for _ in range(4):
-        ksmrs.merge(1)
+    let_go(0)
     if victim.wait(60):
         raise Wrong("the victim mapped a frame that was no longer its own")
 

@@ -60,6 +60,8 @@ class Stats:
     """Processes with a connection."""
     clients_unplanned: int = 0
     """Clients that owe an answer for too long and are left out for now."""
+    pages_proposed: int = 0
+    """Pages that were offered a frame and have not answered yet."""
     merges: int = 0
     """Pages merged, ever."""
     pages_migrated: int = 0

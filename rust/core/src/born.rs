@@ -80,9 +80,9 @@ impl Rmap {
         };
         self.frames.find(slot).is_some_and(|frame| {
             let fits = match (place, frame.life) {
-                (Place::Merged(_), Life::Filled | Life::Moved) => true,
+                (Place::Merged(_), Life::Filled | Life::Moved | Life::Stale) => true,
                 // Its memory may be gone already, but the slot is somebody's.
-                (Place::Covering(_), Life::Filled | Life::Moved | Life::Doomed | Life::Punched) => true,
+                (Place::Covering(_), Life::Filled | Life::Moved | Life::Stale | Life::Doomed | Life::Punched) => true,
                 _ => false,
             };
             fits && frame.references() < REFERENCES_AT_MOST

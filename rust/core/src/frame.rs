@@ -53,6 +53,9 @@ pub(crate) enum Life {
     Filled,
     /// The same, but another slot has the content now: nobody is sent here any more, and whoever is here follows.
     Moved,
+    /// The same, but no page shows it any more, and so its content is nobody's: it waits for those who may be on their way here, and
+    /// for children whom nobody knows. As where the kernel finds a stable node stale.
+    Stale,
     /// Its memory is about to be given back; no client shows it.
     Doomed,
     /// Its memory was given back, but pages still lie over it.
@@ -92,7 +95,13 @@ impl Frame {
         self.checksum = [checksum.0 as u16, (checksum.0 >> 16) as u16, (checksum.0 >> 32) as u16];
     }
 
-    /// Everything that refers to it. Held by `max_page_sharing`, which keeps the counts within 16 bits.
+    /// What `max_page_sharing` limits: pages that show it, and those on their way to it or from it. Not those that were written and
+    /// only lie over its slot still, for as long as their mappings stay.
+    pub(crate) fn sharing(&self) -> u32 {
+        u32::from(self.shown) + u32::from(self.held)
+    }
+
+    /// Everything that refers to it. Nobody is sent to a frame with `MOST_SHARING`, which keeps the counts within 16 bits.
     pub(crate) fn references(&self) -> u32 {
         u32::from(self.shown) + u32::from(self.held) + u32::from(self.covered)
     }
@@ -338,7 +347,7 @@ impl Frames {
     /// The frame's memory is to be given back.
     pub(crate) fn doom(&mut self, slot: Slot) {
         let frame = self.get_mut(slot);
-        let was_filled = matches!(frame.life, Life::Filled | Life::Moved);
+        let was_filled = matches!(frame.life, Life::Filled | Life::Moved | Life::Stale);
         debug_assert!(was_filled || frame.life == Life::Filling);
         frame.life = Life::Doomed;
         self.filled -= u32::from(was_filled);

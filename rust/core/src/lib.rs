@@ -218,6 +218,7 @@ impl Core {
             regions_shared: self.regions.shared,
             clients: self.clients.len() as u64,
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
+            pages_proposed: self.waiting_maps + self.orders.pages_proposed(),
             merges: events.merges,
             pages_migrated: events.migrated,
             pages_unmerged_by_budget: events.over_budget,

@@ -180,6 +180,15 @@ impl Orders {
         None
     }
 
+    /// Pages that were asked to show a frame and did not answer.
+    pub(crate) fn pages_proposed(&self) -> u64 {
+        let proposed = |order: &Order| match &order.task {
+            Task::Map(runs) => runs.iter().map(|run| u64::from(run.pages)).sum(),
+            _ => 0,
+        };
+        self.open.values().map(proposed).sum()
+    }
+
     /// When the next order may become overdue.
     pub(crate) fn next_deadline(&mut self) -> Option<Duration> {
         while self.by_time.front().is_some_and(|(_, id)| !self.open.contains_key(id)) {

@@ -77,6 +77,9 @@ impl Rmap {
                 frame.shown += 1;
                 self.shared += u32::from(frame.shown == 1);
                 self.merged += 1;
+                if frame.life == Life::Stale {
+                    self.reinstate(slot);
+                }
             }
             Place::Covering(slot) => self.frames.get_mut(slot).covered += 1,
             Place::Detached(slot) => self.frames.get_mut(slot).held += 1,
@@ -103,6 +106,10 @@ impl Rmap {
                 frame.shown -= 1;
                 self.shared -= u32::from(frame.shown == 0);
                 self.merged -= 1;
+                if frame.shown == 0 && frame.life == Life::Filled {
+                    frame.life = Life::Stale;
+                    self.stable.remove(&mut self.frames, slot);
+                }
             }
             Place::Covering(_) => frame.covered -= 1,
             _ => frame.held -= 1,
@@ -136,7 +143,7 @@ impl Rmap {
                 self.doom(slot);
             }
             Life::Filled => self.stable.has_room(&self.frames, slot),
-            Life::Moved if frame.shown == 0 && frame.held == 0 => self.doom(slot),
+            Life::Moved | Life::Stale if frame.shown == 0 && frame.held == 0 => self.doom(slot),
             Life::Punched if frame.references() == 0 => self.frames.free(slot),
             _ => {}
         }
@@ -160,7 +167,7 @@ impl Rmap {
         }
     }
 
-    /// A frame that moved is its content's again, for the one that it moved to is gone.
+    /// A frame is its content's again: the one that it moved to is gone, or it is shown again.
     pub(crate) fn reinstate(&mut self, slot: Slot) {
         self.frames.get_mut(slot).life = Life::Filled;
         self.stable.insert(&mut self.frames, slot);
@@ -218,6 +225,28 @@ mod tests {
         rmap.leave(Place::Covering(slot), CLIENT, Epoch(5));
         assert_eq!(rmap.frames.taken(), 1);
         rmap.sealed(CLIENT, Epoch(5));
+        assert_eq!(rmap.frames.taken(), 0);
+    }
+
+    #[test]
+    fn what_nobody_shows_any_more_is_not_found_but_may_be_shown_again() {
+        let (mut rmap, slot) = one_frame();
+        rmap.propose(slot);
+        rmap.leave(Place::Merged(slot), CLIENT, Epoch(4));
+        assert_eq!(
+            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
+            (0, None)
+        );
+        rmap.enter(Place::Merged(slot));
+        rmap.withdraw(slot);
+        assert_eq!(
+            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
+            (1, Some(slot))
+        );
+        rmap.leave(Place::Merged(slot), CLIENT, Epoch(5));
+        assert_eq!(rmap.next_punch(), None, "children may show it still");
+        rmap.sealed(CLIENT, Epoch(5));
+        assert_eq!(rmap.next_punch(), Some((slot, 1)));
         assert_eq!(rmap.frames.taken(), 0);
     }
 

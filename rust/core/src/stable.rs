@@ -1,12 +1,13 @@
 //! The stable tree: merged frames by content.
 //!
 //! One frame per content is *listed* in a hash table of bare slot numbers (the checksum lies in the frame's record). Once a
-//! frame has `max_page_sharing` references a further frame of the same content is made; then the content is a chain and its frames
+//! frame has `max_page_sharing` pages a further frame of the same content is made; then the content is a chain and its frames
 //! are dups, as in the kernel. A dup that has room again becomes the listed one. Relies on `frame.rs`; never frees anything.
 
 use crate::checksum::{Checksum, spread};
 use crate::frame::{Frames, Slot};
 use crate::table::Table;
+use crate::tunables::MOST_SHARING;
 use hashbrown::HashMap;
 
 #[derive(Default)]
@@ -22,7 +23,10 @@ const DUPS_ASKED: usize = 8;
 impl StableTree {
     /// A frame of this content with room for one more page.
     pub(crate) fn find(&mut self, frames: &Frames, checksum: Checksum, max_page_sharing: u32) -> Option<Slot> {
-        let has_room = |slot: Slot| frames.get(slot).references() < max_page_sharing;
+        let has_room = |slot: Slot| {
+            let frame = frames.get(slot);
+            frame.sharing() < max_page_sharing && frame.references() < MOST_SHARING
+        };
         let listed = self.listed(frames, checksum)?;
         if has_room(listed) {
             return Some(listed);
@@ -147,6 +151,15 @@ mod tests {
         frames.get_mut(a).shown = 1;
         tree.has_room(&frames, a);
         assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
+        frames.get_mut(a).covered = 100;
+        assert_eq!(
+            tree.find(&frames, Checksum(5), 2),
+            Some(a),
+            "what was written only lies over it"
+        );
+        frames.get_mut(a).covered = MOST_SHARING as u16;
+        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        frames.get_mut(a).covered = 0;
         tree.remove(&mut frames, a);
         assert_eq!((tree.chains(), tree.dups()), (0, 0));
         frames.get_mut(c).shown = 0;

@@ -1,6 +1,6 @@
 //! Counters: the kernel's names and arithmetic.
 //!
-//! Everything here is counted where it happens and only put together here; nothing is walked. Never decides.
+//! Everything here is counted where it happens and only put together here; nothing is walked but the open orders. Never decides.
 
 use serde::{Deserialize, Serialize};
 
@@ -52,6 +52,8 @@ pub struct Stats {
     pub clients: u64,
     /// Clients that owe an answer for too long, or are lost, and are left out of planning.
     pub clients_unplanned: u64,
+    /// Pages that were offered a frame and did not answer yet.
+    pub pages_proposed: u64,
     /// Pages that took a frame, ever.
     pub merges: u64,
     /// Pages that followed a frame to another slot, ever.

@@ -137,7 +137,7 @@ impl Default for Tunables {
 }
 
 /// More than this many references would not fit a frame's 16-bit counts (a broken page counts twice).
-const MOST_SHARING: u32 = 32_000;
+pub(crate) const MOST_SHARING: u32 = 32_000;
 
 /// Name, field, lowest and highest value of each numeric knob.
 macro_rules! numeric_knobs {

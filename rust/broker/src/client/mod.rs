@@ -464,8 +464,9 @@ pub fn set(knob: &str, value: &str) -> Result<(), Error> {
 pub fn wait_until_unmerged(interrupted: &mut dyn FnMut() -> bool) -> Result<bool, Error> {
     const LOOK: Duration = Duration::from_millis(2);
     let until = Instant::now() + ANSWER_TIMEOUT;
-    let is_left =
-        |(name, pages): &(String, i64)| matches!(name.as_str(), "pages_shared" | "ksm_zero_pages") && *pages > 0;
+    // Those on their way to a frame still come there, and are unmerged then.
+    const LEFT: [&str; 3] = ["pages_shared", "ksm_zero_pages", "pages_proposed"];
+    let is_left = |(name, pages): &(String, i64)| LEFT.contains(&name.as_str()) && *pages > 0;
     while stats()?.iter().any(is_left) {
         if interrupted() {
             return Err(Error::Interrupted);

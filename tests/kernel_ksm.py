@@ -1,0 +1,1 @@
+../benches/kernel_ksm.py
