@@ -79,6 +79,8 @@ pub struct ScanTools {
     parts: Vec<Span>,
     own: Bits,
     written: Bits,
+    /// Pages that need no reading.
+    clean: Bits,
     armed: Bits,
     page: Box<PageBytes>,
     /// The first page of the span that is being scanned.
@@ -100,6 +102,7 @@ impl ScanTools {
             parts: Vec::new(),
             own: Bits::default(),
             written: Bits::default(),
+            clean: Bits::default(),
             armed: Bits::default(),
             page,
             first: Page(0),
@@ -121,7 +124,18 @@ impl Region {
             tools.words.extend(span.iter().map(|page| self.words.load(page)));
             tools.first = span.first;
             let unread = self.written(span, pass, tools)?;
-            self.part(span, unread, tools);
+            let clean = self.part(span, unread, tools);
+            if clean == span.pages {
+                let look = Look {
+                    clean,
+                    ..Look::default()
+                };
+                tools.wishes.extend(self.judge(span, look));
+                return Ok(Tally {
+                    clean,
+                    ..Tally::default()
+                });
+            }
             let known = self.backed(span, tools)?;
             tools.armed.reset(span.pages);
             let late = mutant::active(Mutant::ArmAfterRead);
@@ -135,14 +149,14 @@ impl Region {
                 let word = tools.words[at];
                 let (evidence, at) = (Evidence { page, word }, at as u32);
                 let armed = tools.armed.has(at);
-                if unread && !tools.written.has(at) && !armed && self.is_unread(evidence) {
+                if tools.clean.has(at) && !armed {
                     tally.clean += 1;
                     continue;
                 }
                 let own = known.then(|| tools.own.has(at));
                 if self.scan_page(evidence, own, pass, tools, &mut tally) {
                     look.armed += u32::from(armed);
-                    look.unarmed += u32::from(!armed && (!unread || tools.written.has(at)));
+                    look.unarmed += u32::from(!armed);
                 } else if armed {
                     // Armed, and not read: nobody would read it while it is not written.
                     self.checksum_word(page).store(ChecksumWord::NONE.0, Ordering::Relaxed);
@@ -176,27 +190,31 @@ impl Region {
         Ok(true)
     }
 
-    /// Whether a page that was not written since it was armed needs no reading. Only of pages whose memory is their own by their words:
-    /// of others a marker of the kernel's may say the same.
-    fn is_unread(&self, evidence: Evidence) -> bool {
-        let resting = matches!(
-            (evidence.word.state(), self.kind()),
-            (State::Private, _) | (State::Broken, Kind::Private)
-        );
-        let checksum = self.checksum_word(evidence.page).load(Ordering::Relaxed);
-        resting && ChecksumWord(checksum).checksum48().is_some()
-    }
-
-    /// Finds the stretches of pages that have to be looked at more closely.
-    fn part(&self, span: Span, unread: bool, tools: &mut ScanTools) {
+    /// Tells the pages that need no reading, since nobody wrote them, from the stretches that have to be looked at more closely; how many
+    /// need none.
+    fn part(&self, span: Span, unread: bool, tools: &mut ScanTools) -> u32 {
         tools.parts.clear();
+        tools.clean.reset(span.pages);
         if !unread {
             tools.parts.push(span);
-            return;
+            return 0;
         }
-        for (at, page) in span.iter().enumerate() {
-            let word = tools.words[at];
-            if !tools.written.has(at as u32) && self.is_unread(Evidence { page, word }) {
+        let mut clean = 0;
+        let first = (self.first_word + span.first.0) as usize;
+        let checksums = &self.table.checksums()[first..first + span.pages as usize];
+        let pages = tools.words.iter().zip(checksums).zip(span.iter());
+        for (at, ((word, checksum), page)) in pages.enumerate() {
+            let at = at as u32;
+            // Only pages whose memory is their own by their words: of others a marker of the kernel's may say that they were not written.
+            let own = match word.state() {
+                State::Private => true,
+                State::Broken => self.kind() == Kind::Private,
+                _ => false,
+            };
+            let known = ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48().is_some();
+            if own && known && !tools.written.has(at) {
+                tools.clean.set(at);
+                clean += 1;
                 continue;
             }
             match tools.parts.last_mut() {
@@ -204,6 +222,7 @@ impl Region {
                 _ => tools.parts.push(Span::one(page)),
             }
         }
+        clean
     }
 
     /// Finds which pages have memory, where that matters and can be known.
