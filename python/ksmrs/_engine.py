@@ -103,6 +103,8 @@ class ProcessStats:
     """How much of it belongs to buffers that begin within a page; it merges only with buffers that begin likewise."""
     not_merging: tuple[str, ...] = ()
     """Shared memory that does not merge now, and why: one sentence for each."""
+    dirty_tracking: str = ""
+    """`on` where pages that nobody writes are not read again and again, else `off:` and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,17 +121,24 @@ class MergeReport:
     """How long it took."""
 
 
-def connect(runtime_dir: str | os.PathLike[str] | None = None, embedded: bool = False, domain: str = "default") -> None:
+def connect(
+    runtime_dir: str | os.PathLike[str] | None = None,
+    embedded: bool = False,
+    domain: str = "default",
+    dirty_tracking: bool | None = None,
+) -> None:
     """Connect to the user's broker, starting one where none runs. Not needed: the first region does it.
 
     `runtime_dir` is the directory of the broker's socket (default: $KSMRS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/ksmrs, else
     $TMPDIR/ksmrs-UID); it must be ours alone. `embedded` runs the broker inside this process. Pages merge only within one
-    `domain`. Raises `BrokerError` where it cannot be reached or this process is connected differently already.
+    `domain`. `dirty_tracking` lets the kernel keep track of which pages are written, so that others are not read again (default:
+    yes, unless $KSMRS_DIRTY_TRACKING is 0); `process_stats().dirty_tracking` says whether it does. Raises `BrokerError` where it cannot be reached or this process is connected differently already.
     """
     if not domain:
         raise ArgumentError("domain is empty: name a trust zone, or leave it out")
     directory = None if runtime_dir is None else str(Path(runtime_dir).absolute())
-    _ksmrs.configure(directory, bool(embedded), domain, _launch.broker_command(directory))
+    tracks = _launch.dirty_tracking_wanted() if dirty_tracking is None else bool(dirty_tracking)
+    _ksmrs.configure(directory, bool(embedded), domain, _launch.broker_command(directory), tracks)
     _ksmrs.connect()
 
 
@@ -160,6 +169,7 @@ def process_stats() -> ProcessStats:
         "adopted_bytes": adopted,
         "out_of_phase_bytes": out_of_phase,
         "not_merging": tuple(_ksmrs.not_merging()),
+        "dirty_tracking": _ksmrs.dirty_tracking(),
     }
     return _counters(ProcessStats, _ksmrs.process_stats() | own)
 

@@ -7,6 +7,7 @@ site-packages out of it.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from ksmrs import _ksmrs
@@ -31,7 +32,12 @@ def broker_command(runtime_dir: str | None = None) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _LOAD_AND_RUN, _ksmrs.__file__, *([runtime_dir] if runtime_dir else [])]
 
 
+def dirty_tracking_wanted() -> bool:
+    """Say whether the environment lets the kernel keep track of which pages are written."""
+    return os.environ.get("KSMRS_DIRTY_TRACKING", "1").strip().lower() not in {"0", "no", "off", "false"}
+
+
 def configure_default() -> None:
     """Set what the first use connects to, unless `ksmrs.connect` says otherwise before it."""
     command = broker_command()
-    _ksmrs.configure(None, not command, "default", command)
+    _ksmrs.configure(None, not command, "default", command, dirty_tracking_wanted())

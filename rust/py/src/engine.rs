@@ -23,6 +23,7 @@ pub fn configure(
     embedded: bool,
     domain: String,
     broker_command: Vec<OsString>,
+    dirty_tracking: bool,
 ) -> PyResult<()> {
     let embedded = embedded || broker_command.is_empty();
     client::configure(ConnectOptions {
@@ -30,6 +31,7 @@ pub fn configure(
         embedded,
         domain,
         broker_command,
+        dirty_tracking,
     })
     .into_python(py)
 }
@@ -82,6 +84,12 @@ pub fn process_stats(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 #[pyfunction]
 pub fn not_merging() -> Vec<String> {
     client::not_merging()
+}
+
+/// "on" where pages that nobody writes are not read again, else "off: " and why.
+#[pyfunction]
+pub fn dirty_tracking() -> String {
+    client::dirty_tracking()
 }
 
 /// How the broker is, or `None` where there is none; never starts one.

@@ -206,6 +206,7 @@ impl Inheritance {
         }
         for region in &self.regions {
             region.in_use.reset();
+            region.tracking.reset();
             region.era.store(era, Ordering::Release);
         }
         let born: HashSet<usize> = self.regions.iter().map(|region| region.address()).collect();

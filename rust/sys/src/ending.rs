@@ -72,7 +72,8 @@ impl Region {
     }
 
     /// Ends an adopted region whose owner keeps the memory: plain, with its bytes and its advice, and ksmrs knows nothing of it
-    /// any more. Idempotent. The slice of the table is given back as after [`Region::close`].
+    /// any more. Idempotent. The slice of the table is given back as after [`Region::close`]. Nothing of it is tracked: before, see
+    /// [`Region::end_tracking`].
     ///
     /// # Errors
     /// No memory for the copies; then the region goes on, out of merging.
@@ -85,6 +86,7 @@ impl Region {
             self.end(|_| self.thaw_in_child());
             return Ok(());
         }
+        debug_assert!(!self.tracking.any(), "its owner would get it back registered");
         self.holds().leaving = true;
         if let Err(error) = self.leave() {
             self.holds().leaving = false;
@@ -121,7 +123,8 @@ impl Region {
                 self.mapping.unmap();
             } else if !self.is_ours() {
                 self.thaw_in_child();
-            } else if !plain {
+            } else if !plain || self.tracking.any() {
+                // Fresh memory is registered with no userfaultfd either.
                 self.mapping.abandon();
             }
         });
@@ -178,6 +181,7 @@ impl Region {
         }
         registry::remove(self.address(), || {
             let_go(plain);
+            self.tracking.forget();
             // Whoever writes to memory that is being closed waits for these words; let it run into its fault.
             for page in self.whole().iter() {
                 self.words.store(page, Word::PRIVATE.with_state(State::Held));

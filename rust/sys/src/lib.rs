@@ -40,6 +40,7 @@ pub mod signal;
 pub mod staging;
 pub mod store;
 pub mod sysctl;
+pub mod tracking;
 pub mod window;
 pub mod word;
 mod words;

@@ -19,17 +19,20 @@ pub enum Mutant {
     NoFreezing = 5,
     /// A scan's evidence is applied to whatever the word has become since.
     NoGeneration = 6,
+    /// A scan arms pages after it read them.
+    ArmAfterRead = 7,
 }
 
 impl Mutant {
     /// Every mutant of this crate with its name.
-    pub const ALL: [(&'static str, Mutant); 6] = [
+    pub const ALL: [(&'static str, Mutant); 7] = [
         ("no-freeze", Mutant::NoFreeze),
         ("compare-before-freeze", Mutant::CompareBeforeFreeze),
         ("punch-before-map", Mutant::PunchBeforeMap),
         ("handler-without-claim", Mutant::HandlerWithoutClaim),
         ("no-freezing", Mutant::NoFreezing),
         ("no-generation", Mutant::NoGeneration),
+        ("arm-after-read", Mutant::ArmAfterRead),
     ];
 }
 

@@ -19,6 +19,7 @@ use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
 use crate::staging::Staging;
 use crate::store::StoreFile;
+use crate::tracking::Tracking;
 use crate::window::{Pane, Window};
 use crate::word::{Slot, State, Word};
 use crate::words::RegionWords;
@@ -52,6 +53,7 @@ pub struct Region {
     /// The life that owns its words; a child that is born makes it its own.
     pub(crate) era: AtomicU32,
     pub(crate) holds: Mutex<Holds>,
+    pub(crate) tracking: Tracking,
 }
 
 impl Region {
@@ -121,6 +123,7 @@ impl Region {
             first_word,
             era: AtomicU32::new(era),
             holds: Mutex::default(),
+            tracking: Tracking::of(&view),
         })
     }
 

@@ -1,17 +1,20 @@
 //! Scanning a region: which merged pages were written, and what the checksums of the others are.
 //!
 //! The scanner's side of `region.rs`: it reads what the program may be writing, so nothing it learns proves anything; evidence counts
-//! only against the words that were loaded before it was taken. It owns no page, but for one at a time where the kernel does not
-//! say what it copied.
+//! only against the words that were loaded before it was taken. Where the kernel keeps track of writes (`tracking.rs`), pages that
+//! were not written since they were last read are not read again; each is armed *before* it is read. It owns no page, but for one at
+//! a time where the kernel does not say what it copied.
 
 use crate::bytes::PageBytes;
 use crate::careful::{self, Ahead};
 use crate::checksum::{ChecksumWord, Checksummer};
 use crate::error::SysError;
 use crate::gate::Pass;
+use crate::mutant::{self, Mutant};
 use crate::pagemap::{Bits, Pagemap};
 use crate::protocol::{self, Evidence, Kind, Page, Span, Words};
 use crate::region::Region;
+use crate::tracking::{Look, Wish};
 use crate::word::{State, StoreNumber, Word};
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -23,15 +26,39 @@ pub fn copied() -> u64 {
     COPIED.load(Ordering::Relaxed)
 }
 
+/// In how many passes a page is read at least once, whatever tracking says. Private memory changes unseen only under a device that
+/// pinned it, and the worst of it is a page that does not merge; an object may be written through a descriptor or by a child.
+const fn passes_unread(kind: Kind) -> u32 {
+    match kind {
+        Kind::Private => 64,
+        Kind::Shared => 16,
+    }
+}
+
+/// Pages that are cheaper looked at with their neighbours than left out between two system calls.
+const GAP: u32 = 16;
+
 /// What a scan saw.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// Pages whose bytes were read.
     pub checksummed: u32,
+    /// Pages that were not, since nobody wrote them.
+    pub clean: u32,
     /// Pages whose checksum is new.
     pub changed: u32,
     /// Merged pages found written.
     pub broken: u32,
+}
+
+impl Tally {
+    /// Adds what another scan saw.
+    pub fn add(&mut self, other: Tally) {
+        self.checksummed += other.checksummed;
+        self.clean += other.clean;
+        self.changed += other.changed;
+        self.broken += other.broken;
+    }
 }
 
 /// What a scan works with, made once by its thread.
@@ -42,8 +69,19 @@ pub struct ScanTools {
     pub store: StoreNumber,
     /// Absent where the kernel refuses it.
     pub pagemap: Option<Pagemap>,
+    /// Whether pages that were not written since this checksummer read them may be known: regions are registered, if at all, with a
+    /// userfaultfd that is younger than the checksummer.
+    pub tracks: bool,
+    /// What should become of units, for whoever has the userfaultfd.
+    pub wishes: Vec<Wish>,
     words: Vec<Word>,
+    /// The stretches of the span that are looked at more closely.
+    parts: Vec<Span>,
     own: Bits,
+    written: Bits,
+    /// Pages that need no reading.
+    clean: Bits,
+    armed: Bits,
     page: Box<PageBytes>,
     /// The first page of the span that is being scanned.
     first: Page,
@@ -51,15 +89,21 @@ pub struct ScanTools {
 }
 
 impl ScanTools {
-    /// Tools for one broker's domain.
+    /// Tools for one broker's domain, without tracking.
     pub fn new(checksummer: Checksummer, store: StoreNumber, pagemap: Option<Pagemap>) -> ScanTools {
         let page = Box::new(PageBytes::ZEROS);
         ScanTools {
             checksummer,
             store,
             pagemap,
+            tracks: false,
+            wishes: Vec::new(),
             words: Vec::new(),
+            parts: Vec::new(),
             own: Bits::default(),
+            written: Bits::default(),
+            clean: Bits::default(),
+            armed: Bits::default(),
             page,
             first: Page(0),
             ahead: Ahead::default(),
@@ -78,39 +122,157 @@ impl Region {
             // The words first: evidence counts only against what a page was before it was looked at.
             tools.words.clear();
             tools.words.extend(span.iter().map(|page| self.words.load(page)));
-            let known = match (&tools.pagemap, self.kind()) {
-                (Some(pagemap), Kind::Private) => {
-                    pagemap.own_memory(&self.view, span, &mut tools.own)?;
-                    true
-                }
-                // Its holes would get memory by being read.
-                _ if self.view.is_vanishing() => {
-                    careful::resident(&self.view, span, &mut tools.own).map_err(SysError::call("mincore", "region"))?;
-                    true
-                }
-                _ => false,
-            };
             tools.first = span.first;
+            let unread = self.written(span, pass, tools)?;
+            let clean = self.part(span, unread, tools);
+            if clean == span.pages {
+                let look = Look {
+                    clean,
+                    ..Look::default()
+                };
+                tools.wishes.extend(self.judge(span, look));
+                return Ok(Tally {
+                    clean,
+                    ..Tally::default()
+                });
+            }
+            let known = self.backed(span, tools)?;
+            tools.armed.reset(span.pages);
+            let late = mutant::active(Mutant::ArmAfterRead);
+            if !late {
+                self.arm(span, tools);
+            }
             tools.ahead.forget();
             let mut tally = Tally::default();
+            let mut look = Look::default();
             for (at, page) in span.iter().enumerate() {
-                let evidence = Evidence {
-                    page,
-                    word: tools.words[at],
-                };
-                let own = known.then(|| tools.own.has(at as u32));
-                self.scan_page(evidence, own, pass, tools, &mut tally);
+                let word = tools.words[at];
+                let (evidence, at) = (Evidence { page, word }, at as u32);
+                let armed = tools.armed.has(at);
+                if tools.clean.has(at) && !armed {
+                    tally.clean += 1;
+                    continue;
+                }
+                let own = known.then(|| tools.own.has(at));
+                if self.scan_page(evidence, own, pass, tools, &mut tally) {
+                    look.armed += u32::from(armed);
+                    look.unarmed += u32::from(!armed);
+                } else if armed {
+                    // Armed, and not read: nobody would read it while it is not written.
+                    self.checksum_word(page).store(ChecksumWord::NONE.0, Ordering::Relaxed);
+                }
+            }
+            if late {
+                self.arm(span, tools);
             }
             COPIED.fetch_add(tally.broken.into(), Ordering::Relaxed);
+            // When everything was read for the sake of it, that says nothing of who wrote.
+            if tools.tracks && (unread || !self.tracking.any()) {
+                look.clean = tally.clean;
+                look.changed = tally.changed;
+                tools.wishes.extend(self.judge(span, look));
+            }
             Ok(tally)
         })
     }
 
-    /// One page; `own` says whether it has memory of its own, where that is known.
-    fn scan_page(&self, evidence: Evidence, own: Option<bool>, pass: u16, tools: &mut ScanTools, tally: &mut Tally) {
+    /// Finds the pages that were written since they were armed, or are not; false if all are to be read anyway.
+    fn written(&self, span: Span, pass: u16, tools: &mut ScanTools) -> Result<bool, SysError> {
+        let Some(pagemap) = tools.pagemap.as_ref().filter(|_| tools.tracks && self.tracking.any()) else {
+            return Ok(false);
+        };
+        // Each pass another part of the region is read whatever the kernel says.
+        let turn = u32::from(pass).wrapping_add(span.first.0 / protocol::MAX_RUN as u32);
+        if turn.is_multiple_of(passes_unread(self.kind())) {
+            return Ok(false);
+        }
+        pagemap.written(&self.view, span, &mut tools.written)?;
+        Ok(true)
+    }
+
+    /// Tells the pages that need no reading, since nobody wrote them, from the stretches that have to be looked at more closely; how many
+    /// need none.
+    fn part(&self, span: Span, unread: bool, tools: &mut ScanTools) -> u32 {
+        tools.parts.clear();
+        tools.clean.reset(span.pages);
+        if !unread {
+            tools.parts.push(span);
+            return 0;
+        }
+        let mut clean = 0;
+        let first = (self.first_word + span.first.0) as usize;
+        let checksums = &self.table.checksums()[first..first + span.pages as usize];
+        let pages = tools.words.iter().zip(checksums).zip(span.iter());
+        for (at, ((word, checksum), page)) in pages.enumerate() {
+            let at = at as u32;
+            // Only pages whose memory is their own by their words: of others a marker of the kernel's may say that they were not written.
+            let own = match word.state() {
+                State::Private => true,
+                State::Broken => self.kind() == Kind::Private,
+                _ => false,
+            };
+            let known = ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48().is_some();
+            if own && known && !tools.written.has(at) {
+                tools.clean.set(at);
+                clean += 1;
+                continue;
+            }
+            match tools.parts.last_mut() {
+                Some(part) if page.0 - part.end().0 <= GAP => part.pages = page.0 + 1 - part.first.0,
+                _ => tools.parts.push(Span::one(page)),
+            }
+        }
+        clean
+    }
+
+    /// Finds which pages have memory, where that matters and can be known.
+    fn backed(&self, span: Span, tools: &mut ScanTools) -> Result<bool, SysError> {
+        tools.own.reset(span.pages);
+        match (&tools.pagemap, self.kind()) {
+            (Some(pagemap), Kind::Private) => {
+                for part in &tools.parts {
+                    pagemap.own_memory(&self.view, *part, span.first, &mut tools.own)?;
+                }
+                Ok(true)
+            }
+            // Its holes would get memory by being read.
+            _ if self.view.is_vanishing() => {
+                careful::resident(&self.view, span, &mut tools.own).map_err(SysError::call("mincore", "region"))?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Arms what is about to be read.
+    fn arm(&self, span: Span, tools: &mut ScanTools) {
+        let Some(pagemap) = tools.pagemap.as_ref().filter(|_| tools.tracks && self.tracking.any()) else {
+            return;
+        };
+        for part in &tools.parts {
+            if pagemap.arm(&self.view, *part, span.first, &mut tools.armed).is_err() {
+                // Any of them may be armed now: all are read.
+                part.iter().for_each(|page| tools.armed.set(page.0 - span.first.0));
+            }
+        }
+    }
+
+    fn checksum_word(&self, page: Page) -> &AtomicU64 {
+        &self.table.checksums()[(self.first_word + page.0) as usize]
+    }
+
+    /// One page; `own` says whether it has memory of its own, where that is known. Whether it was read.
+    fn scan_page(
+        &self,
+        evidence: Evidence,
+        own: Option<bool>,
+        pass: u16,
+        tools: &mut ScanTools,
+        tally: &mut Tally,
+    ) -> bool {
         let word = evidence.word;
         let foreign = word.frame().is_some_and(|(store, _)| store != tools.store);
-        let checksum = &self.table.checksums()[(self.first_word + evidence.page.0) as usize];
+        let checksum = self.checksum_word(evidence.page);
         let read = match (word.state(), self.kind()) {
             (State::Private, Kind::Private) | (State::Broken, _) => own != Some(false),
             (State::Private, Kind::Shared) | (State::Detached, _) => own != Some(false),
@@ -130,17 +292,17 @@ impl Region {
                 }
                 written
             }
-            _ => return,
+            _ => return false,
         };
         if !read {
             // Not a byte of its own to read: forget what it was, unless it still shows the frame that it merged with.
             if word.state() != State::Merged {
                 checksum.store(ChecksumWord::NONE.0, Ordering::Relaxed);
             }
-            return;
+            return false;
         }
         let Some(now) = self.checksum_of(evidence.page, tools) else {
-            return;
+            return false;
         };
         tally.checksummed += 1;
         if ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48() != Some(now) {
@@ -153,6 +315,7 @@ impl Region {
                 tally.broken += u32::from(protocol::copy_and_mark(&self.words, &self.view, evidence));
             }
         }
+        true
     }
 
     /// The checksum of a page as it is now; `None` if it is there no more.

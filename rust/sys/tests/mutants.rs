@@ -21,7 +21,9 @@ fn no_mutant_survives_the_model() {
         ("stale evidence", || explore(4, stale_evidence)),
         ("homecoming", || explore(4, homecoming)),
     ];
-    for (name, _) in Mutant::ALL {
+    // What the kernel knows of writes is no part of the model: `real_mutants.rs` has that one.
+    let modelled = |mutant: &(_, Mutant)| mutant.1 != Mutant::ArmAfterRead;
+    for (name, _) in Mutant::ALL.into_iter().filter(modelled) {
         assert!(mutant::choose(Some(name)));
         let killer = scenarios
             .iter()

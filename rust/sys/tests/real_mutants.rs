@@ -1,8 +1,10 @@
-//! Two mutants on real memory that no honest broker can lead into their error: driven here without one.
+//! Mutants on real memory that no honest broker can lead into their error: driven here without one.
 //!
 //! Each scene runs in a process of its own (this program again), since a mutant may crash it, with the failpoints that widen its
 //! window. Expected contents are kept outside of the region. Without the mutant every scene passes.
 #![cfg(feature = "mutants")]
+
+mod tracked;
 
 use ksmrs_sys::checksum::Checksummer;
 use ksmrs_sys::page_table::ClientTable;
@@ -167,5 +169,24 @@ fn old_evidence_frees_no_frame() {
     assert!(
         !run("scene_old_evidence", failpoints, Some("no-generation")).success(),
         "no-generation survives"
+    );
+}
+
+/// Writers meet a scan of tracked pages.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_writes_while_scanning() {
+    assert!(mutant::choose(std::env::var(MUTANT).ok().as_deref()));
+    for kind in [Kind::Private, Kind::Shared] {
+        assert!(tracked::writes_while_scanning(kind) > 0);
+    }
+}
+
+#[test]
+fn a_write_between_the_look_and_the_arming_is_noticed() {
+    assert!(run("scene_writes_while_scanning", "", None).success());
+    assert!(
+        !run("scene_writes_while_scanning", "", Some("arm-after-read")).success(),
+        "arm-after-read survives"
     );
 }

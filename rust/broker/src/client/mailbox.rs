@@ -3,6 +3,7 @@
 //! Memory and a condition variable, so that a program thread needs no descriptor to reach a client thread. Pushing never waits
 //! for anything but the queue's own lock, and nobody owns a word meanwhile.
 
+use super::tracker::Tracker;
 use super::{ConnectOptions, Error};
 use crate::wire::{Answer, Question, ToClient};
 use ksmrs_sys::region::Region;
@@ -45,6 +46,8 @@ pub(super) struct Mailbox {
     connected: AtomicBool,
     /// Why regions do not merge, the other way round: from the remapper, for whoever asks.
     not_merging: Mutex<Vec<String>>,
+    /// Beside the queue, for it must not wait for the remapper.
+    pub(super) tracker: Tracker,
 }
 
 impl Mailbox {
@@ -54,6 +57,7 @@ impl Mailbox {
             arrived: Condvar::new(),
             connected: AtomicBool::new(false),
             not_merging: Mutex::default(),
+            tracker: Tracker::new(),
         }
     }
 

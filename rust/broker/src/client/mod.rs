@@ -7,7 +7,7 @@
 //!                      scanner +---------- wire thread <----------+
 //! ```
 //!
-//! Three threads share one descriptor table that is not the program's. Program threads talk to them through memory only. Nothing
+//! Four threads (the fourth, the tracker, registers memory for dirty tracking) share one descriptor table that is not the program's. Program threads talk to them through memory only. Nothing
 //! here is needed for data to be right: without threads, broker or socket every region is ordinary memory, breaks included.
 //! No thread here ever runs Python.
 
@@ -24,6 +24,7 @@ mod scanner;
 mod sentinel;
 mod session;
 mod start;
+mod tracker;
 
 use crate::runtime_dir::RuntimeDirError;
 use crate::wire::{Answer, ErrorCode, Lineage, Question, WireError};
@@ -61,6 +62,8 @@ pub struct ConnectOptions {
     pub domain: String,
     /// The command that starts a broker as a daemon and returns once it listens.
     pub broker_command: Vec<OsString>,
+    /// Whether pages that nobody writes need not be read again, where the kernel can tell (`ksmrs_sys::tracking`).
+    pub dirty_tracking: bool,
 }
 
 impl Default for ConnectOptions {
@@ -70,6 +73,7 @@ impl Default for ConnectOptions {
             embedded: true,
             domain: "default".to_owned(),
             broker_command: Vec::new(),
+            dirty_tracking: true,
         }
     }
 }
@@ -417,6 +421,14 @@ pub fn process_stats() -> Result<Counters, Error> {
 /// Why regions of this process do not merge, one sentence each.
 pub fn not_merging() -> Vec<String> {
     client_if_begun().map_or_else(Vec::new, |client| client.mailbox.not_merging())
+}
+
+/// "on" where pages that nobody writes are not read again, else "off: " and why.
+pub fn dirty_tracking() -> String {
+    client_if_begun().map_or_else(
+        || "off: no region yet".to_owned(),
+        |client| client.mailbox.tracker.state(),
+    )
 }
 
 /// How the broker is; `None` where none runs. Never starts one.

@@ -83,9 +83,18 @@ impl Region {
     /// # Errors
     /// No memory for the copies; then it stays a region, out of merging.
     pub fn give_back(&self) -> Result<(), Error> {
-        self.memory.give_back()?;
+        self.untrack();
+        self.memory.give_back().inspect_err(|_| self.memory.resume_tracking())?;
         self.ended();
         Ok(())
+    }
+
+    /// Returns when nothing of it is registered for dirty tracking any more.
+    fn untrack(&self) {
+        // In a child, the child's own, which is at nothing of its parent's.
+        if let Some(client) = client_if_begun() {
+            client.mailbox.tracker.untrack(&self.memory);
+        }
     }
 
     /// Ends an adopted region whose private memory the owner is freeing: its bytes are lost. Shared memory keeps its bytes, for its
@@ -188,12 +197,16 @@ impl Region {
     /// # Errors
     /// No memory for the copies.
     pub fn leave(&self) -> Result<(), Error> {
-        Ok(self.memory.leave()?)
+        self.untrack();
+        Ok(self.memory.leave().inspect_err(|_| self.memory.resume_tracking())?)
     }
 }
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.memory.is_adopted() && !self.memory.is_closed() {
+            self.untrack();
+        }
         match self.memory.release() {
             Ok(()) => self.ended(),
             // Its owner may still read it: it stays a region for as long as there is no memory for the copies.

@@ -124,6 +124,7 @@ impl Remapper {
     ) -> Result<Remapper, Error> {
         let (staging, staging_fd) = Staging::create()?;
         let current = Arc::new(AtomicU32::new(0));
+        mailbox.tracker.want(options.dirty_tracking);
         let scanner = scanner::start(mailbox.clone(), Arc::new(staging), current.clone())
             .map_err(|error| Error::Off(format!("no thread to scan with: {error}")))?;
         Ok(Remapper {
@@ -195,7 +196,10 @@ impl Remapper {
 
     fn handle(&mut self, event: Event) {
         match event {
-            Event::Configure(options) => self.options = options,
+            Event::Configure(options) => {
+                self.mailbox.tracker.want(options.dirty_tracking);
+                self.options = options;
+            }
             Event::Connect(reply) => match self.ready() {
                 // Whoever asked may have given up since.
                 Some(_) => drop(reply.send(Ok(()))),
@@ -257,7 +261,7 @@ impl Remapper {
             Event::Scanned(link, order, tally, scanner) if self.is_current(link) => {
                 let counts = ScanCounts {
                     read: tally.checksummed,
-                    clean: 0,
+                    clean: tally.clean,
                     passed_over: 0,
                     cpu_micros: u32::try_from((scanner + self.stopwatch.lap()).as_micros()).unwrap_or(u32::MAX),
                 };

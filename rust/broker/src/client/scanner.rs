@@ -11,7 +11,7 @@ use ksmrs_sys::protocol::{Page, Span};
 use ksmrs_sys::region::Region;
 use ksmrs_sys::scan::{ScanTools, Tally};
 use ksmrs_sys::staging::Staging;
-use ksmrs_sys::{StoreNumber, sigmask};
+use ksmrs_sys::{PAGE_SIZE, StoreNumber, sigmask};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -35,8 +35,8 @@ pub(super) enum Job {
     },
 }
 
-/// Pages between two looks at whether the connection still stands.
-const STEP: u32 = 512;
+/// Pages between two looks at whether the connection still stands; steps end where huge pages do, which is what is tracked by.
+const STEP: u32 = ksmrs_sys::EXTENT_PAGES;
 
 /// Starts the thread; it ends with its sender. `current` is the number of the connection that counts.
 pub(super) fn start(
@@ -63,7 +63,10 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
             Job::Domain(link, checksummer, store) => {
                 let pagemap =
                     Pagemap::open().inspect_err(|error| tracing::info!(%error, link, "checksums find breaks"));
-                tools = Some(ScanTools::new(*checksummer, store, pagemap.ok()));
+                let mut fresh = ScanTools::new(*checksummer, store, pagemap.ok());
+                // Even where nothing will be known, for what is known now is under another key.
+                fresh.tracks = mailbox.tracker.renew() && fresh.pagemap.is_some();
+                tools = Some(fresh);
             }
             Job::Scan {
                 link,
@@ -73,7 +76,7 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
             } => {
                 let Some(tools) = &mut tools else { continue };
                 let stands = || current.load(Ordering::Acquire) == link;
-                let tally = scan(&spans, pass, tools, &stands);
+                let tally = scan(&spans, pass, tools, mailbox, &stands);
                 mailbox.push(Event::Scanned(link, order, tally, stopwatch.lap()));
             }
             Job::Stage { link, order, pages } => {
@@ -88,28 +91,35 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
     }
 }
 
-fn scan(spans: &[(Arc<Region>, Span)], pass: u16, tools: &mut ScanTools, stands: &dyn Fn() -> bool) -> Tally {
+fn scan(
+    spans: &[(Arc<Region>, Span)],
+    pass: u16,
+    tools: &mut ScanTools,
+    mailbox: &Mailbox,
+    stands: &dyn Fn() -> bool,
+) -> Tally {
     let mut total = Tally::default();
     for (region, span) in spans {
+        let position = (region.address() / PAGE_SIZE) as u32 % STEP;
         let mut at = span.first;
         while at < span.end() && stands() {
+            let room = STEP - (at.0 % STEP + position) % STEP;
             let part = Span {
                 first: at,
-                pages: (span.end().0 - at.0).min(STEP),
+                pages: (span.end().0 - at.0).min(room),
             };
             match region.scan(part, pass, tools) {
-                Some(Ok(tally)) => {
-                    total.checksummed += tally.checksummed;
-                    total.changed += tally.changed;
-                    total.broken += tally.broken;
-                }
+                Some(Ok(tally)) => total.add(tally),
                 Some(Err(error)) => {
                     tracing::warn!(%error, "pages are compared by checksum from here on");
-                    tools.pagemap = None;
+                    (tools.pagemap, tools.tracks) = (None, false);
                     continue;
                 }
                 // Closed meanwhile.
                 None => break,
+            }
+            for wish in tools.wishes.drain(..) {
+                mailbox.tracker.fulfil(region, wish);
             }
             at = part.end();
         }

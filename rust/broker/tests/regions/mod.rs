@@ -97,6 +97,7 @@ impl BrokerProcess {
             embedded: false,
             domain: "default".into(),
             broker_command: vec!["false".into()],
+            dirty_tracking: true,
         })
         .unwrap();
         broker

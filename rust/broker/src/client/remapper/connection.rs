@@ -90,6 +90,8 @@ impl Remapper {
         let Some(session) = self.session.take() else { return };
         self.mailbox.set_connected(false);
         self.current.fetch_add(1, Ordering::AcqRel);
+        // Nobody scans: what is written until somebody does need not be known.
+        self.mailbox.tracker.close();
         self.lineage = self.birth.of.clone();
         self.birth.lost();
         if let (Some((number, _)), Some(life)) = (&session.store, session.life) {
