@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ksmrs_broker::client::{self, Kind, Region};
-use ksmrs_sys::protocol::{Claims, MergeRun, Page, Span, Verdict};
+use ksmrs_sys::protocol::{MergeRun, Page, Span, Verdict};
+use ksmrs_sys::remap::RemapTools;
 use ksmrs_sys::store::{Store, StoreFile};
-use ksmrs_sys::window::Pane;
 use ksmrs_sys::{Slot, State, StoreNumber, fork, page_table, protocol, region};
 use regions::{PAGE, alone, filled, forked, merge, wait_for, wrong};
 
@@ -67,9 +67,9 @@ impl Bare {
 
     fn merge(&self, forks: u32) -> Vec<Verdict> {
         let mut verdicts = vec![Verdict::Failed; PAGES as usize];
-        let (mut pane, mut claims) = (Pane::reserve().unwrap(), Claims::new());
+        let mut tools = RemapTools::new().unwrap();
         self.region
-            .merge(self.run, &self.file, &mut pane, forks, &mut claims, &mut verdicts)
+            .merge(self.run, &self.file, forks, &mut tools, &mut verdicts)
             .unwrap()
             .unwrap();
         verdicts

@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use ksmrs_broker::client::{self, Kind, Region};
 use ksmrs_sys::checksum::Checksummer;
-use ksmrs_sys::protocol::{self, Claims, MergeRun, Page, Span, Verdict};
+use ksmrs_sys::protocol::{self, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region as Bare;
+use ksmrs_sys::remap::RemapTools;
 use ksmrs_sys::scan::ScanTools;
 use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
-use ksmrs_sys::window::Pane;
 use ksmrs_sys::{Slot, State, StoreNumber, fork, page_table};
 use regions::{BrokerProcess, PAGE, PATIENCE, alone, filled, merge, wrong};
 use rustix::mm::{MapFlags, ProtFlags};
@@ -68,7 +68,7 @@ fn zero_runs_at_the_mapping_limit_stay_writable() {
         }
         let store = Store::with_slots(2048).unwrap();
         let file = StoreFile::vet(store.read_only().unwrap(), store.slots()).unwrap();
-        let (mut pane, mut claims) = (Pane::reserve().unwrap(), Claims::new());
+        let mut remap = RemapTools::new().unwrap();
         let mut verdicts = vec![Verdict::Busy; PAGES as usize];
         let mut eaten: Vec<usize> = Vec::with_capacity(1 << 20);
         let mut zero = 0;
@@ -92,7 +92,7 @@ fn zero_runs_at_the_mapping_limit_stay_writable() {
             };
             // Whether it works is not the question.
             let _ = region
-                .merge(run, &file, &mut pane, fork::count(), &mut claims, &mut verdicts)
+                .merge(run, &file, fork::count(), &mut remap, &mut verdicts)
                 .unwrap();
             zero += region
                 .page_states()
@@ -145,9 +145,9 @@ fn another_checksum_than_once_is_no_copy() {
             store: StoreNumber(1),
             slot: Slot(5),
         };
-        let (mut pane, mut claims, mut verdicts) = (Pane::reserve().unwrap(), Claims::new(), [Verdict::Busy]);
+        let (mut remap, mut verdicts) = (RemapTools::new().unwrap(), [Verdict::Busy]);
         region
-            .merge(run, &file, &mut pane, fork::count(), &mut claims, &mut verdicts)
+            .merge(run, &file, fork::count(), &mut remap, &mut verdicts)
             .unwrap()
             .unwrap();
         assert_eq!(

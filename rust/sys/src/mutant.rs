@@ -21,11 +21,13 @@ pub enum Mutant {
     NoGeneration = 6,
     /// A scan arms pages after it read them.
     ArmAfterRead = 7,
+    /// What was compared before the freeze is vouched for before it, too.
+    WitnessAskedEarly = 8,
 }
 
 impl Mutant {
     /// Every mutant of this crate with its name.
-    pub const ALL: [(&'static str, Mutant); 7] = [
+    pub const ALL: [(&'static str, Mutant); 8] = [
         ("no-freeze", Mutant::NoFreeze),
         ("compare-before-freeze", Mutant::CompareBeforeFreeze),
         ("punch-before-map", Mutant::PunchBeforeMap),
@@ -33,6 +35,7 @@ impl Mutant {
         ("no-freezing", Mutant::NoFreezing),
         ("no-generation", Mutant::NoGeneration),
         ("arm-after-read", Mutant::ArmAfterRead),
+        ("witness-asked-early", Mutant::WitnessAskedEarly),
     ];
 }
 

@@ -1,7 +1,7 @@
 //! A region: its memory, its words, and what is done to it while it lives, but for the signal handler.
 //!
-//! The remapper merges and brings home, the scanner checksums and stages, the program's threads unmerge and pin; how a region ends
-//! is in `ending.rs`.
+//! The remapper merges and brings home (`remap.rs`), the scanner checksums (`scan.rs`) and stages, the program's threads unmerge and
+//! pin; how a region ends is in `ending.rs`.
 //! A lock keeps `close` from the others' runs; the words keep everyone from each other's pages. Nothing here decides what
 //! merges, and no lock is held while a fork waits.
 
@@ -13,15 +13,12 @@ use crate::holds::{Holds, insert_range, remove_range};
 use crate::in_use::InUse;
 use crate::mapping::{Mapping, View};
 use crate::page_table::ClientTable;
-use crate::pagemap::Pagemap;
-use crate::protocol::{self, Access, Claims, Kind, Memory, MergeRun, Page, Span, Verdict, Words};
+use crate::protocol::{self, Access, Kind, Memory, Page, Span, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
 use crate::staging::Staging;
-use crate::store::StoreFile;
 use crate::tracking::Tracking;
-use crate::window::{Pane, Window};
-use crate::word::{Slot, State, Word};
+use crate::word::{State, Word};
 use crate::words::RegionWords;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::ops::Range;
@@ -181,90 +178,6 @@ impl Region {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    // The remapper.
-
-    /// Merges a run onto frames of the store; verdicts per page. `None` if the region is closed. A shared region merges only if the
-    /// process has not forked since [`fork::count`] was `forks`, else its pages are Busy: a child writes to the same object.
-    pub fn merge(
-        &self,
-        run: MergeRun,
-        store: &StoreFile,
-        pane: &mut Pane,
-        forks: u32,
-        claims: &mut Claims,
-        verdicts: &mut [Verdict],
-    ) -> Option<Result<(), SysError>> {
-        self.merging(|_| {
-            let window = match run.slot {
-                Slot::ZERO => None,
-                slot => Some(Window::open(store, slot, run.span.pages, self.kind(), pane)?),
-            };
-            let _pass = Pass::enter();
-            if self.kind() == Kind::Shared && fork::count() != forks {
-                verdicts[..run.span.pages as usize].fill(Verdict::Busy);
-                return Ok(());
-            }
-            protocol::merge_run(&self.words, &self.view, run, window.as_ref(), claims, verdicts)
-                .map_err(SysError::call("merge", "run"))
-        })
-    }
-
-    /// Whether replacing the span's mapping would split a huge page. A kernel that cannot tell is taken to mean yes, where the
-    /// memory may be huge at all.
-    pub fn would_split(&self, span: Span, pagemap: &mut Option<Pagemap>) -> bool {
-        if !self.view.may_split(span) {
-            return false;
-        }
-        if pagemap.is_none() {
-            *pagemap = Pagemap::open().ok();
-        }
-        let any = |pagemap: &mut Pagemap| pagemap.any_huge(&self.view, span).ok();
-        self.open(|_| pagemap.as_mut().and_then(any).unwrap_or(true))
-            .unwrap_or(false)
-    }
-
-    /// Frees the home pages behind pages just merged, or takes the pages back if another address space maps the object.
-    /// A fork since [`fork::count`] was `forks` makes another address space, too.
-    pub fn settle(&self, span: Span, alone: bool, forks: u32) -> Option<Result<u32, SysError>> {
-        self.merging(|_| {
-            let _pass = Pass::enter();
-            let alone = alone && fork::count() == forks;
-            protocol::settle(&self.words, &self.view, span, alone)
-                .map_err(SysError::call("madvise(MADV_REMOVE)", "home"))
-        })
-    }
-
-    /// Gives merged pages of a span memory of their own again, still taking part. How many it was.
-    pub fn break_span(&self, span: Span) -> Option<Result<u32, SysError>> {
-        self.open(|_| {
-            let merged = |word: Word| matches!(word.state(), State::Merged | State::Zero);
-            let mut broken = 0;
-            for part in self.stretches_of(span, merged) {
-                let pass = Pass::enter();
-                protocol::unmerge(&self.words, &self.view, part).map_err(SysError::call("unmerge", "run"))?;
-                protocol::reopen(&self.words, &self.view, part);
-                drop(pass);
-                broken += part.pages;
-            }
-            self.hold_again(span);
-            Ok(broken)
-        })
-    }
-
-    /// Brings Detached pages home, as far as there is room; how many came.
-    pub fn bring_home(&self, span: Span) -> u32 {
-        let came = self.open(|_| {
-            let detached = span
-                .iter()
-                .filter(|page| self.words.load(*page).state() == State::Detached);
-            let _pass = Pass::enter();
-            detached
-                .filter(|page| protocol::bring_home(&self.words, &self.view, *page) == Ok(true))
-                .count()
-        });
-        came.unwrap_or(0) as u32
-    }
-
     // The scanner; `scan.rs` has the rest.
 
     /// Copies a page into the staging area; false if the region is closed, or the page is not there.
@@ -420,7 +333,7 @@ impl Region {
     }
 
     /// Holds again what must stay held: `break_span` may have raced with a pin and reopened it.
-    fn hold_again(&self, span: Span) {
+    pub(crate) fn hold_again(&self, span: Span) {
         // The lock before the gate, never the other way: whoever waits at the gate may hold it.
         let holds = self.holds();
         let _pass = Pass::enter();
@@ -449,7 +362,7 @@ impl Region {
     }
 
     /// The maximal stretches of a span whose words match now.
-    fn stretches_of(&self, span: Span, matching: impl Fn(Word) -> bool) -> Vec<Span> {
+    pub(crate) fn stretches_of(&self, span: Span, matching: impl Fn(Word) -> bool) -> Vec<Span> {
         let mut stretches: Vec<Span> = Vec::new();
         for page in span.iter().filter(|page| matching(self.words.load(*page))) {
             match stretches.last_mut() {

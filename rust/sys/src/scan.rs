@@ -249,6 +249,8 @@ impl Region {
         let Some(pagemap) = tools.pagemap.as_ref().filter(|_| tools.tracks && self.tracking.any()) else {
             return;
         };
+        // A merge relies on what it armed. What is not armed is read again next time.
+        let Some(_arming) = self.tracking.arming() else { return };
         for part in &tools.parts {
             if pagemap.arm(&self.view, *part, span.first, &mut tools.armed).is_err() {
                 // Any of them may be armed now: all are read.

@@ -128,6 +128,8 @@ pub(crate) struct Tracking {
     any: AtomicBool,
     /// Set while it must not be: the region is ending.
     ends: AtomicBool,
+    /// Whether somebody arms pages, or relies on those that it armed.
+    arming: AtomicBool,
     units: Box<[AtomicU16]>,
     /// Pages of the first unit that lie before the region.
     position: u32,
@@ -140,6 +142,7 @@ impl Tracking {
         Tracking {
             any: AtomicBool::new(false),
             ends: AtomicBool::new(false),
+            arming: AtomicBool::new(false),
             units: (0..units).map(|_| AtomicU16::new(0)).collect(),
             position,
         }
@@ -154,7 +157,22 @@ impl Tracking {
     pub(crate) fn reset(&self) {
         self.forget();
         self.ends.store(false, Ordering::Relaxed);
+        self.arming.store(false, Ordering::Relaxed);
         STRETCHES.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether the units of a span are registered, as far as they can be.
+    pub(crate) fn is_registered(&self, span: Span) -> bool {
+        let units = self.index(span.first)..=self.index(Page(span.end().0 - 1));
+        self.any()
+            && units
+                .clone()
+                .all(|index| self.units[index].load(Ordering::Relaxed) & REGISTERED != 0)
+    }
+
+    /// The right to arm pages, unless somebody has it: to arm a page is to forget that it was written.
+    pub(crate) fn arming(&self) -> Option<Arming<'_>> {
+        (!self.arming.swap(true, Ordering::Acquire)).then_some(Arming(self))
     }
 
     fn index(&self, page: Page) -> usize {
@@ -211,6 +229,15 @@ impl Tracking {
     /// Leaves a unit alone for so many looks.
     fn rest(&self, index: usize, looks: u16) {
         self.change(index, |unit| unit & !REST | looks.min(REST));
+    }
+}
+
+/// The right to arm pages of a region; others do without it meanwhile, for nobody waits who may be at low priority.
+pub(crate) struct Arming<'a>(&'a Tracking);
+
+impl Drop for Arming<'_> {
+    fn drop(&mut self) {
+        self.0.arming.store(false, Ordering::Release);
     }
 }
 

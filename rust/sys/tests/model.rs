@@ -26,6 +26,12 @@ fn private_merge_and_reader() {
 }
 
 #[test]
+fn comparing_before_the_freeze_loses_no_write() {
+    explore(2, witnessed_merge_and_two_writers);
+    explore(2, witnessed_merge_and_scanner);
+}
+
+#[test]
 fn frames_move_under_two_writers() {
     explore(2, || migration_and_two_writers(Kind::Shared));
     explore(2, || migration_and_two_writers(Kind::Private));

@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// One after another: the choice is global to the process.
 #[test]
 fn no_mutant_survives_the_model() {
-    let scenarios: [(&str, fn()); 6] = [
+    let scenarios: [(&str, fn()); 7] = [
         ("slow handler", || explore(4, || slow_handler(Kind::Shared))),
         ("shared writers", || explore(2, || merge_and_two_writers(Kind::Shared))),
         ("private writers", || {
@@ -19,6 +19,7 @@ fn no_mutant_survives_the_model() {
         }),
         ("shared reader", || explore(3, || merge_and_reader(Kind::Shared))),
         ("stale evidence", || explore(4, stale_evidence)),
+        ("witnessed writers", || explore(2, witnessed_merge_and_two_writers)),
         ("homecoming", || explore(4, homecoming)),
     ];
     // What the kernel knows of writes is no part of the model: `real_mutants.rs` has that one.

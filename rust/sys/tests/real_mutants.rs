@@ -9,12 +9,12 @@ mod tracked;
 use ksmrs_sys::checksum::Checksummer;
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::pagemap::Pagemap;
-use ksmrs_sys::protocol::{Claims, Kind, MergeRun, Page, Span, Verdict};
+use ksmrs_sys::protocol::{Kind, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region;
+use ksmrs_sys::remap::RemapTools;
 use ksmrs_sys::scan::ScanTools;
 use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
-use ksmrs_sys::window::Pane;
 use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, failpoint, fork, mutant, signal};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -64,7 +64,7 @@ impl Stage {
         unsafe { self.byte(at).read_volatile() }
     }
 
-    fn merge(&self, pane: &mut Pane, claims: &mut Claims) -> Verdict {
+    fn merge(&self, tools: &mut RemapTools) -> Verdict {
         let span = Span::one(Page(0));
         let run = MergeRun {
             span,
@@ -72,9 +72,7 @@ impl Stage {
             slot: Slot(0),
         };
         let mut verdicts = [Verdict::Busy];
-        let merged = self
-            .region
-            .merge(run, &self.file, pane, fork::count(), claims, &mut verdicts);
+        let merged = self.region.merge(run, &self.file, fork::count(), tools, &mut verdicts);
         merged.unwrap().unwrap();
         verdicts[0]
     }
@@ -88,10 +86,10 @@ fn scene_slow_handler() {
     let until = Instant::now() + Duration::from_secs(6);
     std::thread::scope(|threads| {
         threads.spawn(|| {
-            let (mut pane, mut claims) = (Pane::reserve().unwrap(), Claims::new());
+            let mut tools = RemapTools::new().unwrap();
             while Instant::now() < until - PAUSE {
                 for _ in 0..5 {
-                    stage.merge(&mut pane, &mut claims);
+                    stage.merge(&mut tools);
                 }
                 // Long enough for a writer that finds its page read-only for good to give up.
                 std::thread::sleep(PAUSE);
@@ -111,8 +109,8 @@ fn scene_slow_handler() {
 #[ignore = "run in a process of its own by the tests below"]
 fn scene_old_evidence() {
     let stage = Stage::set(3, 3);
-    let (mut pane, mut claims) = (Pane::reserve().unwrap(), Claims::new());
-    assert_eq!(stage.merge(&mut pane, &mut claims), Verdict::Merged);
+    let mut tools = RemapTools::new().unwrap();
+    assert_eq!(stage.merge(&mut tools), Verdict::Merged);
     stage.write(9, 4);
     std::thread::scope(|threads| {
         let (began, scan) = std::sync::mpsc::channel();
@@ -128,7 +126,7 @@ fn scene_old_evidence() {
         stage.region.unadvise(0..1).unwrap();
         stage.write(9, 3);
         stage.region.advise(0..1).unwrap();
-        assert_eq!(stage.merge(&mut pane, &mut claims), Verdict::Moved);
+        assert_eq!(stage.merge(&mut tools), Verdict::Moved);
     });
     // Whoever frees frames believes the words.
     if stage.region.page_states()[0] != State::Merged {
@@ -180,6 +178,24 @@ fn scene_writes_while_scanning() {
     for kind in [Kind::Private, Kind::Shared] {
         assert!(tracked::writes_while_scanning(kind) > 0);
     }
+}
+
+/// Writers meet merges that compare before they freeze.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_merges_under_writers() {
+    assert!(mutant::choose(std::env::var(MUTANT).ok().as_deref()));
+    assert!(tracked::merges_under_writers(60) > 0);
+}
+
+#[test]
+fn a_write_between_the_testimony_and_the_freeze_is_noticed() {
+    let failpoints = "merge-freezing=delay:500";
+    assert!(run("scene_merges_under_writers", failpoints, None).success());
+    assert!(
+        !run("scene_merges_under_writers", failpoints, Some("witness-asked-early")).success(),
+        "witness-asked-early survives"
+    );
 }
 
 #[test]

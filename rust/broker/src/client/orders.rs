@@ -7,11 +7,10 @@ use super::mappings::Mappings;
 use super::objects::Objects;
 use super::sentinel::Sentinel;
 use crate::wire::{Bits, Failure, Range, Run, RunOutcome};
-use ksmrs_sys::pagemap::Pagemap;
-use ksmrs_sys::protocol::{Claims, Kind, MAX_RUN, MergeRun, Page, Span, Verdict};
+use ksmrs_sys::protocol::{Kind, MAX_RUN, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region;
+use ksmrs_sys::remap::RemapTools;
 use ksmrs_sys::store::StoreFile;
-use ksmrs_sys::window::Pane;
 use ksmrs_sys::{Slot, State, StoreNumber, SysError, fork, signal};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -33,12 +32,9 @@ pub(super) fn merges_and_breaks() -> (u64, u64) {
 pub(super) struct Desk {
     /// By their first word; slices never overlap.
     regions: BTreeMap<u32, Arc<Region>>,
-    claims: Claims,
-    pane: Pane,
+    tools: RemapTools,
     verdicts: Box<[Verdict; MAX_RUN]>,
     sentinel: Sentinel,
-    /// Tells huge pages; opened when somebody first wants them whole.
-    pagemap: Option<Pagemap>,
     /// Whether a shared region ever showed a frame: then the fault handler matters.
     shared_merged: bool,
     mappings: Mappings,
@@ -60,11 +56,9 @@ impl Desk {
     pub(super) fn new() -> Result<Desk, SysError> {
         Ok(Desk {
             regions: BTreeMap::new(),
-            claims: Claims::new(),
-            pane: Pane::reserve()?,
+            tools: RemapTools::new()?,
             verdicts: Box::new([Verdict::Busy; MAX_RUN]),
             sentinel: Sentinel::new(),
-            pagemap: None,
             shared_merged: false,
             mappings: Mappings::default(),
         })
@@ -158,7 +152,7 @@ impl Desk {
                         failure: Some(Failure::NotNow),
                     }
                 }
-                Some((region, span)) if !split && region.would_split(span, &mut self.pagemap) => RunOutcome {
+                Some((region, span)) if !split && region.would_split(span, &mut self.tools) => RunOutcome {
                     merged: Bits::None,
                     failure: Some(Failure::WouldSplit),
                 },
@@ -193,7 +187,7 @@ impl Desk {
         let pages = run.span.pages;
         // Where nothing gets as far as the pages, none of them merged.
         self.verdicts[..pages as usize].fill(Verdict::Busy);
-        let answer = region.merge(run, store, &mut self.pane, forks, &mut self.claims, &mut *self.verdicts);
+        let answer = region.merge(run, store, forks, &mut self.tools, &mut *self.verdicts);
         let Some(answer) = answer else {
             return RunOutcome {
                 merged: Bits::None,

@@ -1,9 +1,9 @@
 //! The remapper's half of the protocol: freeze, compare, map, and let go of what the pages had before.
 //!
 //! It relies on being the only remapper of its region. A checksum is never proof here: a page is mapped away only after its
-//! frozen bytes were compared with the frame.
+//! bytes were compared with the frame, frozen, or before that if a witness vouches for them.
 
-use super::{Access, Kind, Memory, Page, Span, Words, resting_access};
+use super::{Access, Kind, Memory, Page, Span, Witness, Words, resting_access};
 use crate::failpoint::{self, Failpoint};
 use crate::mutant::{self, Mutant};
 use crate::word::{Origin, Slot, State, StoreNumber, Word};
@@ -62,8 +62,10 @@ struct Claim {
     resting: Word,
     /// What of it is still ours.
     hold: Hold,
-    /// A mutant's premature comparison.
-    early: bool,
+    /// Whether a witness has an eye on it.
+    watched: bool,
+    /// What a comparison before the freeze said, as long as it holds.
+    early: Option<bool>,
 }
 
 /// How far a run owns a page.
@@ -81,7 +83,8 @@ impl Claim {
     const NONE: Claim = Claim {
         resting: Word::PRIVATE,
         hold: Hold::None,
-        early: false,
+        watched: false,
+        early: None,
     };
 }
 
@@ -102,7 +105,8 @@ impl Default for Claims {
 }
 
 /// Merges a run as far as its pages are equal; `verdicts` gets one entry per page. The first errno met comes back, with
-/// everything that was not mapped thawed. In a shared region the home pages stay until [`settle`].
+/// everything that was not mapped thawed. In a shared region the home pages stay until [`settle`]. What the witness can vouch for is
+/// compared before the freeze.
 ///
 /// # Panics
 /// If the run is longer than [`MAX_RUN`] or `verdicts` is shorter than the run.
@@ -111,6 +115,7 @@ pub fn merge_run<W: Words, M: Memory>(
     memory: &M,
     run: MergeRun,
     window: Option<&M::Window>,
+    witness: &mut impl Witness,
     claims: &mut Claims,
     verdicts: &mut [Verdict],
 ) -> Result<(), Errno> {
@@ -121,26 +126,34 @@ pub fn merge_run<W: Words, M: Memory>(
     );
     let claims = &mut claims.0[..pages];
     claims.fill(Claim::NONE);
-    if mutant::active(Mutant::CompareBeforeFreeze) {
-        for (at, page) in run.span.iter().enumerate() {
-            claims[at].early = memory.equals(page, window, at as u32);
+    witness.watch(run.span, |page| {
+        claims[(page.0 - run.span.first.0) as usize].watched = true
+    });
+    let watched = claims.iter().any(|claim| claim.watched);
+    for (at, page) in run.span.iter().enumerate() {
+        if claims[at].watched || mutant::active(Mutant::CompareBeforeFreeze) {
+            claims[at].early = Some(memory.equals(page, window, at as u32));
         }
+    }
+    if watched && mutant::active(Mutant::WitnessAskedEarly) {
+        ask(witness, run.span, claims);
     }
 
     claim_run(words, &run, claims, verdicts);
     failpoint::hit(Failpoint::MergeFreezing);
     let mut trouble = freeze_won(words, memory, &run, claims, verdicts);
+    if watched && !mutant::active(Mutant::WitnessAskedEarly) {
+        ask(witness, run.span, claims);
+    }
     failpoint::hit(Failpoint::MergeFrozen);
     let mut at = 0;
     while at < pages {
         let start = at;
         while at < pages && claims[at].hold == Hold::Frozen {
             let page = run.span.first.plus(at as u32);
-            let equal = if mutant::active(Mutant::CompareBeforeFreeze) {
-                claims[at].early
-            } else {
-                memory.equals(page, window, at as u32)
-            };
+            let equal = claims[at]
+                .early
+                .unwrap_or_else(|| memory.equals(page, window, at as u32));
             let frozen = frozen_word(claims[at].resting);
             if !equal {
                 verdicts[at] = Verdict::Unequal;
@@ -162,6 +175,14 @@ pub fn merge_run<W: Words, M: Memory>(
     }
     thaw_rest(words, memory, &run, claims)?;
     trouble
+}
+
+/// Forgets what was compared of pages that may have been written since.
+fn ask(witness: &mut impl Witness, span: Span, claims: &mut [Claim]) {
+    let vouches = witness.written(span, |page| claims[(page.0 - span.first.0) as usize].early = None);
+    if !vouches {
+        claims.iter_mut().for_each(|claim| claim.early = None);
+    }
 }
 
 /// The word of a page while it is Frozen from this resting word.

@@ -39,6 +39,8 @@ struct Kernel {
     at_limit: bool,
     /// Whether nobody has opened the object.
     leased: bool,
+    /// Pages that were not written since somebody armed them.
+    armed: Vec<bool>,
 }
 
 /// The broker, as far as one page and one frame go: it acts on one message at a time.
@@ -53,6 +55,8 @@ pub struct World {
     kernel: Mutex<Kernel>,
     broker: Mutex<Broker>,
     words: Vec<AtomicU64>,
+    /// Whoever arms pages has this.
+    arming: Mutex<()>,
 }
 
 pub struct Window(pub u32);
@@ -68,9 +72,11 @@ impl World {
                 frames: vec![CONTENT; pages + 1],
                 at_limit,
                 leased: true,
+                armed: vec![false; pages],
             }),
             broker: Mutex::new(Broker::default()),
             words: (0..pages).map(|_| AtomicU64::new(0)).collect(),
+            arming: Mutex::new(()),
         })
     }
 
@@ -115,6 +121,7 @@ impl World {
             }
             _ => return false,
         }
+        kernel.armed[page] = false;
         true
     }
 
@@ -126,6 +133,11 @@ impl World {
     }
 
     pub fn merge(&self, pages: u32, slot: Slot) -> Vec<Verdict> {
+        self.merge_before(&mut (), pages, slot)
+    }
+
+    /// The same, with a witness.
+    fn merge_before(&self, witness: &mut impl Witness, pages: u32, slot: Slot) -> Vec<Verdict> {
         let mut verdicts = vec![Verdict::Busy; pages as usize];
         let run = MergeRun {
             span: Span { first: Page(0), pages },
@@ -134,7 +146,7 @@ impl World {
         };
         let window = Window(slot.0);
         let window = (slot != Slot::ZERO).then_some(&window);
-        merge_run(self, self, run, window, &mut Claims::new(), &mut verdicts).ok();
+        merge_run(self, self, run, window, witness, &mut Claims::new(), &mut verdicts).ok();
         verdicts
     }
 
@@ -254,6 +266,44 @@ impl World {
             };
             assert!(fits, "page {page} is {word:?} but mapped as {mapped:?}");
         }
+    }
+}
+
+/// What remembers writes, as the scanner does, too, in its own time.
+struct Watch<'a> {
+    world: &'a World,
+    alone: Option<loom::sync::MutexGuard<'a, ()>>,
+}
+
+impl Watch<'_> {
+    fn of(world: &World) -> Watch<'_> {
+        Watch { world, alone: None }
+    }
+}
+
+impl World {
+    /// What the scanner does before it reads a page, unless somebody watches.
+    fn arm(&self, page: u32) {
+        if let Ok(_alone) = self.arming.try_lock() {
+            let mut kernel = self.kernel.lock().unwrap();
+            kernel.armed[page as usize] = matches!(kernel.mapped[page as usize], Mapping::Own { .. });
+        }
+    }
+}
+
+impl Witness for Watch<'_> {
+    fn watch(&mut self, span: Span, tell: impl FnMut(Page)) {
+        self.alone = self.world.arming.try_lock().ok();
+        if self.alone.is_some() {
+            let kernel = self.world.kernel.lock().unwrap();
+            span.iter().filter(|page| kernel.armed[page.0 as usize]).for_each(tell);
+        }
+    }
+
+    fn written(&mut self, span: Span, tell: impl FnMut(Page)) -> bool {
+        let kernel = self.world.kernel.lock().unwrap();
+        span.iter().filter(|page| !kernel.armed[page.0 as usize]).for_each(tell);
+        true
     }
 }
 
@@ -460,6 +510,36 @@ pub fn merge_and_reader(kind: Kind) {
     remapper.join().unwrap();
     writer.join().unwrap();
     assert_eq!([world.read(0, 0), world.read(0, 1)], [3, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// A merge that compares before it freezes, against two writers of the same page.
+pub fn witnessed_merge_and_two_writers() {
+    let world = World::new(Kind::Private, 1, false);
+    world.arm(0);
+    let remapper = spawn(&world, |world| {
+        world.merge_before(&mut Watch::of(world), 1, Slot(0));
+    });
+    let first = spawn(&world, |world| world.write(0, 0, 1));
+    world.write(0, 1, 2);
+    remapper.join().unwrap();
+    first.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [1, 2]);
+    world.check_at_rest();
+}
+
+/// The same against one writer and a scanner, which arms the page for itself.
+pub fn witnessed_merge_and_scanner() {
+    let world = World::new(Kind::Private, 1, false);
+    world.arm(0);
+    let remapper = spawn(&world, |world| {
+        world.merge_before(&mut Watch::of(world), 1, Slot(0));
+    });
+    let scanner = spawn(&world, |world| world.arm(0));
+    world.write(0, 1, 2);
+    remapper.join().unwrap();
+    scanner.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [CONTENT[0], 2]);
     world.check_at_rest();
 }
 

@@ -7,13 +7,13 @@ use ksmrs_sys::checksum::{ChecksumWord, Checksummer};
 use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::pagemap::Pagemap;
-use ksmrs_sys::protocol::{Claims, Kind, MergeRun, Page, Span, Verdict};
+use ksmrs_sys::protocol::{Kind, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region;
+use ksmrs_sys::remap::RemapTools;
 use ksmrs_sys::scan::{ScanTools, Tally};
 use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
 use ksmrs_sys::tracking::Userfault;
-use ksmrs_sys::window::Pane;
 use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, fork, maps, signal};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -193,8 +193,7 @@ pub fn writes_while_scanning(kind: Kind) -> u32 {
 pub struct Frames {
     store: Store,
     file: StoreFile,
-    pane: Pane,
-    claims: Claims,
+    pub tools: RemapTools,
 }
 
 impl Frames {
@@ -213,8 +212,7 @@ impl Frames {
         Frames {
             store,
             file,
-            pane: Pane::reserve().unwrap(),
-            claims: Claims::new(),
+            tools: RemapTools::new().unwrap(),
         }
     }
 
@@ -234,9 +232,8 @@ impl Frames {
             slot,
         };
         let mut verdicts = vec![Verdict::Busy; span.pages as usize];
-        let (pane, claims) = (&mut self.pane, &mut self.claims);
         region
-            .merge(run, &self.file, pane, fork::count(), claims, &mut verdicts)
+            .merge(run, &self.file, fork::count(), &mut self.tools, &mut verdicts)
             .unwrap()
             .unwrap();
         if region.kind() == Kind::Shared {
@@ -253,4 +250,67 @@ impl Frames {
 
 pub fn states(region: &Region, state: State) -> usize {
     region.page_states().iter().filter(|now| **now == state).count()
+}
+
+/// Whole regions are merged in one run each, with the kernel for a witness, while two threads write and a third one scans: everybody reads
+/// what they wrote last. How many pages the kernel vouched for.
+pub fn merges_under_writers(rounds: u64) -> u64 {
+    let mut vouched = 0;
+    for round in 0..rounds {
+        let mut tracked = Tracked::make(UNIT, Kind::Private);
+        tracked.fill();
+        tracked.settle();
+        let mut frames = Frames::of(&tracked);
+        let span = Span {
+            first: Page(0),
+            pages: UNIT,
+        };
+        let (merged, base) = (AtomicBool::new(false), tracked.region.address());
+        std::thread::scope(|threads| {
+            let writers = [0u32, 1].map(|half| {
+                let merged = &merged;
+                threads.spawn(move || {
+                    let mut last: Vec<u64> = (0..u64::from(UNIT)).map(|page| page + 1).collect();
+                    let mut state = round * 2 + u64::from(half) + 1;
+                    for after in 0.. {
+                        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        let page = (state >> 33) as u32 % (UNIT / 2) * 2 + half;
+                        assert_eq!(
+                            word(base, page).load(Ordering::Relaxed),
+                            last[page as usize],
+                            "page {page} in round {round} lost a write"
+                        );
+                        word(base, page).store(state, Ordering::Relaxed);
+                        last[page as usize] = state;
+                        // A few hundred writes more, for what is lost shows at the next look.
+                        if merged.load(Ordering::Relaxed) && after > 400 {
+                            break;
+                        }
+                    }
+                    last
+                })
+            });
+            let (region, tools) = (&tracked.region, &mut tracked.tools);
+            let stop = &merged;
+            let scanner = threads.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    region.scan(span, PASS, tools).unwrap().unwrap();
+                }
+            });
+            frames.merge(region, span);
+            merged.store(true, Ordering::Relaxed);
+            scanner.join().unwrap();
+            for (half, writer) in writers.into_iter().enumerate() {
+                let last = writer.join().unwrap();
+                for page in (half as u32..UNIT).step_by(2) {
+                    let now = word(base, page).load(Ordering::Relaxed);
+                    assert_eq!(now, last[page as usize], "page {page} in round {round} lost a write");
+                }
+            }
+        });
+        vouched += frames.tools.vouched();
+        tracked.region.end_tracking();
+        tracked.region.untrack(&tracked.fault).unwrap();
+    }
+    vouched
 }
