@@ -143,7 +143,8 @@ def unregistered_siblings_show_frames() -> None:
         array[:] = content(seed)
     let_go(0)
     born = child(arrays[0], content(5), registered=True)
-    let_go(0)
+    # Both have merged with what it inherited.
+    let_go(PAGES * len(arrays))
     ended(unknown)
     ended(born)
 
