@@ -1,6 +1,7 @@
 """Dirty tracking: nothing but the scanner's work depends on it, and nothing of it is left where ksmrs gave memory back.
 
-The children have no huge pages, for memory made of them is not tracked. What a scan must never miss is tested in `rust/sys/tests`.
+The children have no huge pages, for memory made of them is not tracked. What a scan must never miss is tested in
+`rust/sys/tests`.
 """
 
 from __future__ import annotations

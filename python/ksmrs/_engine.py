@@ -127,8 +127,9 @@ def connect(
 
     `runtime_dir` is the directory of the broker's socket (default: $KSMRS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/ksmrs, else
     $TMPDIR/ksmrs-UID); it must be ours alone. `embedded` runs the broker inside this process. Pages merge only within one
-    `domain`. `dirty_tracking` lets the kernel keep track of which pages are written, so that others are not read again (default:
-    yes, unless $KSMRS_DIRTY_TRACKING is 0); `process_stats().dirty_tracking` says whether it does. Raises `BrokerError` where it cannot be reached or this process is connected differently already.
+    `domain`. `dirty_tracking` lets the kernel keep track of which pages are written, so that others are not read again
+    (default: yes, unless $KSMRS_DIRTY_TRACKING is 0); `process_stats().dirty_tracking` says whether it does. Raises
+    `BrokerError` where it cannot be reached or this process is connected differently already.
     """
     if not domain:
         raise ArgumentError("domain is empty: name a trust zone, or leave it out")

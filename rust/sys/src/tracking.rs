@@ -344,8 +344,7 @@ impl Region {
             }
             Ok(())
         });
-        done.unwrap_or(Ok(()))
-            .inspect_err(|_| self.tracking.rest(index, REST))
+        done.unwrap_or(Ok(())).inspect_err(|_| self.tracking.rest(index, REST))
     }
 
     /// From now on none of it is registered, until [`Region::resume_tracking`]; what may be still is for [`Region::untrack`]. False
@@ -399,7 +398,9 @@ impl Region {
 pub fn refusal(error: &SysError) -> String {
     match error.errno().map(Errno::from_raw_os_error) {
         Some(Errno::INVAL | Errno::NOSYS) => format!("{error}: needs Linux 6.7 with userfaultfd"),
-        Some(Errno::PERM) => format!("{error}: forbidden in this process (a seccomp filter, as containers have, or the like)"),
+        Some(Errno::PERM) => {
+            format!("{error}: forbidden in this process (a seccomp filter, as containers have, or the like)")
+        }
         _ => error.to_string(),
     }
 }

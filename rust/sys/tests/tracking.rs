@@ -15,7 +15,10 @@ const BOTH: [Kind; 2] = [Kind::Private, Kind::Shared];
 fn every_written_page_is_read_again() {
     for kind in BOTH {
         let clean = writes_while_scanning(kind);
-        assert!(clean > 1000, "{kind:?}: {clean} pages were spared, so nothing was tested");
+        assert!(
+            clean > 1000,
+            "{kind:?}: {clean} pages were spared, so nothing was tested"
+        );
     }
 }
 
@@ -47,7 +50,8 @@ fn the_kernel_s_own_writes_are_seen() {
         tracked.settle();
         let into = tracked.region.address() + 5 * PAGE_SIZE;
         // SAFETY: two pages of the region, which nobody else looks at meanwhile.
-        let into = unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(into), 2 * PAGE_SIZE) };
+        let into =
+            unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(into), 2 * PAGE_SIZE) };
         std::fs::File::open("/dev/zero").unwrap().read_exact(into).unwrap();
         let tally = tracked.pass();
         assert_eq!((tally.checksummed, tally.changed), (2, 2), "{kind:?}");
@@ -64,7 +68,11 @@ fn pages_without_memory_stay_without() {
     tracked.settle();
     assert_eq!(tracked.region.tracked_pages(), UNIT);
     let tally = tracked.pass();
-    assert_eq!((tally.checksummed, tally.clean), (0, UNIT / 2), "a marker would pass for memory");
+    assert_eq!(
+        (tally.checksummed, tally.clean),
+        (0, UNIT / 2),
+        "a marker would pass for memory"
+    );
     // Zero pages, which have none either, are found when they are written.
     let mut frames = Frames::of(&tracked);
     (0..UNIT / 2).for_each(|page| tracked.word(page).store(0, Ordering::Relaxed));
@@ -97,9 +105,15 @@ fn what_merges_is_registered_no_more_and_again_when_it_is_its_own() {
         assert_eq!(tracked.mappings(), (3, 2), "{kind:?}: only what did not merge");
         let tally = tracked.pass();
         assert_eq!((tally.checksummed, tally.clean), (0, 2 * UNIT - 200), "{kind:?}");
-        assert_eq!(states(&tracked.region, State::Merged), 200, "{kind:?}: none passes for written");
+        assert_eq!(
+            states(&tracked.region, State::Merged),
+            200,
+            "{kind:?}: none passes for written"
+        );
         // Written one after the other: breaks, in whatever manner.
-        middle.iter().for_each(|page| tracked.word(page.0).store(5, Ordering::Relaxed));
+        middle
+            .iter()
+            .for_each(|page| tracked.word(page.0).store(5, Ordering::Relaxed));
         tracked.settle();
         let tally = tracked.pass();
         assert_eq!((tally.checksummed, tally.clean), (0, 2 * UNIT), "{kind:?}");
@@ -195,7 +209,11 @@ fn a_unit_that_is_always_written_is_left_alone() {
     for _ in 0..300 {
         tracked.pass();
     }
-    assert_eq!(tracked.region.tracked_pages(), 2 * UNIT, "and so is the first when it has calmed down");
+    assert_eq!(
+        tracked.region.tracked_pages(),
+        2 * UNIT,
+        "and so is the first when it has calmed down"
+    );
 }
 
 #[test]
@@ -209,7 +227,10 @@ fn huge_pages_stay_whole() {
     if collapsed {
         assert!(tracked.region.tracked_pages() <= UNIT);
         let huge = std::fs::read_to_string("/proc/self/smaps").unwrap();
-        assert!(huge.lines().any(|line| line.starts_with("AnonHugePages:") && !line.contains(" 0 kB")));
+        assert!(
+            huge.lines()
+                .any(|line| line.starts_with("AnonHugePages:") && !line.contains(" 0 kB"))
+        );
     }
     assert_eq!(tracked.stale(), []);
 }
@@ -223,7 +244,14 @@ fn adopted_and_given_back(shared: bool, some: u32, tracks: bool) -> [Vec<maps::M
     let flags = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE } | libc::MAP_ANONYMOUS;
     // SAFETY: fresh memory of this test.
     let base = unsafe {
-        let start = libc::mmap(std::ptr::null_mut(), bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+        let start = libc::mmap(
+            std::ptr::null_mut(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags,
+            -1,
+            0,
+        );
         assert_ne!(start, libc::MAP_FAILED);
         libc::madvise(start, bytes, libc::MADV_DONTDUMP);
         start.expose_provenance()
@@ -277,7 +305,10 @@ fn closing_adopted_memory_ends_its_registration_too() {
     let bytes = UNIT as usize * PAGE_SIZE;
     // SAFETY: fresh memory of this test.
     let base = unsafe {
-        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (access, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        );
         libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0).expose_provenance()
     };
     no_huge_pages(base, bytes);

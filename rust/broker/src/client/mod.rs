@@ -425,7 +425,10 @@ pub fn not_merging() -> Vec<String> {
 
 /// "on" where pages that nobody writes are not read again, else "off: " and why.
 pub fn dirty_tracking() -> String {
-    client_if_begun().map_or_else(|| "off: no region yet".to_owned(), |client| client.mailbox.tracker.state())
+    client_if_begun().map_or_else(
+        || "off: no region yet".to_owned(),
+        |client| client.mailbox.tracker.state(),
+    )
 }
 
 /// How the broker is; `None` where none runs. Never starts one.

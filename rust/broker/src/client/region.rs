@@ -84,9 +84,7 @@ impl Region {
     /// No memory for the copies; then it stays a region, out of merging.
     pub fn give_back(&self) -> Result<(), Error> {
         self.untrack();
-        self.memory
-            .give_back()
-            .inspect_err(|_| self.memory.resume_tracking())?;
+        self.memory.give_back().inspect_err(|_| self.memory.resume_tracking())?;
         self.ended();
         Ok(())
     }
@@ -200,10 +198,7 @@ impl Region {
     /// No memory for the copies.
     pub fn leave(&self) -> Result<(), Error> {
         self.untrack();
-        Ok(self
-            .memory
-            .leave()
-            .inspect_err(|_| self.memory.resume_tracking())?)
+        Ok(self.memory.leave().inspect_err(|_| self.memory.resume_tracking())?)
     }
 }
 

@@ -140,7 +140,10 @@ pub fn no_huge_pages(base: usize, bytes: usize) {
         let start = std::ptr::with_exposed_provenance_mut(base);
         libc::madvise(start, bytes, libc::MADV_NOHUGEPAGE)
     };
-    assert!(advised == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL), "no such pages here");
+    assert!(
+        advised == 0 || std::io::Error::last_os_error().raw_os_error() == Some(libc::EINVAL),
+        "no such pages here"
+    );
 }
 
 pub fn word(base: usize, page: u32) -> &'static AtomicU64 {
