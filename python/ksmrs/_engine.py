@@ -99,7 +99,7 @@ class ProcessStats:
     """How much of it belongs to buffers that begin within a page; it merges only with buffers that begin likewise."""
     not_merging: tuple[str, ...] = ()
     """Shared memory that does not merge now, and why: one sentence for each."""
-    dirty_tracking: str = ""
+    dirty_tracking: str = "off: no region yet"
     """`on` where pages that nobody writes are not read again and again, else `off:` and why."""
 
 
