@@ -46,8 +46,8 @@ def quick():
 """
 
 
-def child(program: str, **environment: str) -> str:
-    return run(PRELUDE + textwrap.dedent(program), **environment)
+def child(program: str) -> str:
+    return run(PRELUDE + textwrap.dedent(program))
 
 
 COUNTED = """
@@ -84,13 +84,14 @@ print(json.dumps(seen))
 
 
 @pytest.mark.parametrize("switch", ["argument", "environment"])
-def test_on_and_off_count_the_same(shared: bool, switch: str) -> None:
+def test_on_and_off_count_the_same(shared: bool, switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for tracks in (True, False):
-        said = {} if switch == "argument" else {"KSMRS_DIRTY_TRACKING": str(int(tracks))}
         argument = f"dirty_tracking={tracks}" if switch == "argument" else ""
+        if not argument:
+            monkeypatch.setenv("KSMRS_DIRTY_TRACKING", str(int(tracks)))
         program = f"SHARED, TRACKS = {shared}, {tracks}\nksmrs.connect({argument})\n{COUNTED}"
-        counts.append(json.loads(child(program, **said).splitlines()[-1]))
+        counts.append(json.loads(child(program).splitlines()[-1]))
     assert counts[0] == counts[1]
     assert len({tuple(count) for count in counts[0]}) > 2, "nothing merged, so nothing was compared"
 
