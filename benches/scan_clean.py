@@ -2,15 +2,16 @@
 
     python benches/scan_clean.py [--mb 1024] [--passes 16] [--shared] [--json]
 
-One region whose pages all differ is scanned again and again, each time after none of its pages, one in a hundred, or all of them were
-written. The memory is the same with and without tracking, and of small pages, for huge ones are not tracked. Counted are the CPU
-clocks of the scanner and of the thread that registers memory; what a write costs its writer is the time of one loop over the pages
-written, and the floor of that is tracking off. Every pass is one `ksmrs.merge()`, with the background still.
+One region whose pages all differ is scanned again and again, each time after none of its pages, one in a hundred, or all of
+them were written. The memory is the same with and without tracking, and of small pages, for huge ones are not tracked. Counted
+are the CPU clocks of the scanner and of the thread that registers memory; what a write costs its writer is the time of one loop
+over the pages written, and the floor of that is tracking off. Every pass is one `ksmrs.merge()`, with the background still.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import tempfile
@@ -80,8 +81,6 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    import ctypes
-
     ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
     os.environ.setdefault("KSMRS_RUNTIME_DIR", tempfile.mkdtemp(prefix="ksmrs-bench-"))
     nbytes = arguments.mb << 20
@@ -99,7 +98,9 @@ def main() -> None:
         if (state == "on") != tracks:
             raise SystemExit(f"dirty tracking is {state}: nothing to compare")
         for percent in (0, 1, 100):
-            found[f"{percent} % written, {'tracked' if tracks else 'read'}"] = measure(memory, percent, arguments.passes)
+            found[f"{percent} % written, {'tracked' if tracks else 'read'}"] = measure(
+                memory, percent, arguments.passes
+            )
     if arguments.json:
         print(json.dumps(found))
         return

@@ -103,7 +103,7 @@ class ProcessStats:
     """How much of it belongs to buffers that begin within a page; it merges only with buffers that begin likewise."""
     not_merging: tuple[str, ...] = ()
     """Shared memory that does not merge now, and why: one sentence for each."""
-    dirty_tracking: str = ""
+    dirty_tracking: str = "off: no region yet"
     """`on` where pages that nobody writes are not read again and again, else `off:` and why."""
 
 
@@ -131,8 +131,9 @@ def connect(
 
     `runtime_dir` is the directory of the broker's socket (default: $KSMRS_RUNTIME_DIR, else $XDG_RUNTIME_DIR/ksmrs, else
     $TMPDIR/ksmrs-UID); it must be ours alone. `embedded` runs the broker inside this process. Pages merge only within one
-    `domain`. `dirty_tracking` lets the kernel keep track of which pages are written, so that others are not read again (default:
-    yes, unless $KSMRS_DIRTY_TRACKING is 0); `process_stats().dirty_tracking` says whether it does. Raises `BrokerError` where it cannot be reached or this process is connected differently already.
+    `domain`. `dirty_tracking` lets the kernel keep track of which pages are written, so that others are not read again
+    (default: yes, unless $KSMRS_DIRTY_TRACKING is 0); `process_stats().dirty_tracking` says whether it does. Raises
+    `BrokerError` where it cannot be reached or this process is connected differently already.
     """
     if not domain:
         raise ArgumentError("domain is empty: name a trust zone, or leave it out")

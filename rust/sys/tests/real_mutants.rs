@@ -17,6 +17,7 @@ use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
 use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, failpoint, fork, mutant, signal};
 use std::process::{Command, ExitStatus};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 const STORE: StoreNumber = StoreNumber(1);
@@ -139,6 +140,9 @@ fn scene_old_evidence() {
 }
 
 fn run(scene: &str, failpoints: &str, mutant: Option<&str>) -> ExitStatus {
+    // One at a time: each needs its processors to come to where its mutant errs.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--exact", scene, "--ignored"])
