@@ -172,7 +172,9 @@ impl Tracking {
 
     /// The right to arm pages, unless somebody has it: to arm a page is to forget that it was written.
     pub(crate) fn arming(&self) -> Option<Arming<'_>> {
-        (!self.arming.swap(true, Ordering::Acquire)).then_some(Arming(self))
+        // Only who got it may make one: what is dropped gives the right back.
+        let taken = self.arming.swap(true, Ordering::Acquire);
+        (!taken).then(|| Arming(self))
     }
 
     fn index(&self, page: Page) -> usize {

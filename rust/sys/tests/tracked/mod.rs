@@ -265,11 +265,15 @@ pub fn merges_under_writers(rounds: u64) -> u64 {
             first: Page(0),
             pages: UNIT,
         };
-        let (merged, base) = (AtomicBool::new(false), tracked.region.address());
+        let (begun, merged, base) = (AtomicBool::new(false), AtomicBool::new(false), tracked.region.address());
         std::thread::scope(|threads| {
             let writers = [0u32, 1].map(|half| {
-                let merged = &merged;
+                let (begun, merged) = (&begun, &merged);
                 threads.spawn(move || {
+                    // Before the merge begins, all pages are at rest; while it goes on most of them still are.
+                    while !begun.load(Ordering::Relaxed) {
+                        std::hint::spin_loop();
+                    }
                     let mut last: Vec<u64> = (0..u64::from(UNIT)).map(|page| page + 1).collect();
                     let mut state = round * 2 + u64::from(half) + 1;
                     for after in 0.. {
@@ -282,10 +286,10 @@ pub fn merges_under_writers(rounds: u64) -> u64 {
                         );
                         word(base, page).store(state, Ordering::Relaxed);
                         last[page as usize] = state;
-                        // A few hundred writes more, for what is lost shows at the next look.
-                        if merged.load(Ordering::Relaxed) && after > 400 {
+                        if merged.load(Ordering::Relaxed) && after > 40 {
                             break;
                         }
+                        (0..2000).for_each(|_| std::hint::spin_loop());
                     }
                     last
                 })
@@ -297,6 +301,7 @@ pub fn merges_under_writers(rounds: u64) -> u64 {
                     region.scan(span, PASS, tools).unwrap().unwrap();
                 }
             });
+            begun.store(true, Ordering::Relaxed);
             frames.merge(region, span);
             merged.store(true, Ordering::Relaxed);
             scanner.join().unwrap();
