@@ -20,7 +20,7 @@ use crate::sigmask::Blocked;
 use crate::staging::Staging;
 use crate::store::StoreFile;
 use crate::window::{Pane, Window};
-use crate::word::{Slot, State, Word};
+use crate::word::{Slot, State, StoreNumber, Word};
 use crate::words::RegionWords;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::ops::Range;
@@ -217,6 +217,14 @@ impl Region {
         }
         let any = |pagemap: &mut Pagemap| pagemap.any_huge(&self.view, span).ok();
         self.open(|_| pagemap.as_mut().and_then(any).unwrap_or(true))
+            .unwrap_or(false)
+    }
+
+    /// Whether all pages of a span show frames of this store.
+    pub fn shows_frames(&self, span: Span, store: StoreNumber) -> bool {
+        let shows =
+            |word: Word| word.state() == State::Merged && word.frame().is_some_and(|(theirs, _)| theirs == store);
+        self.open(|_| span.iter().all(|page| shows(self.words.load(page))))
             .unwrap_or(false)
     }
 

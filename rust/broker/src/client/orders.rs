@@ -47,7 +47,7 @@ pub(super) struct Desk {
 /// What became of a Map.
 pub(super) struct Mapped {
     pub(super) outcomes: Vec<RunOutcome>,
-    /// Whether pages moved away from other frames.
+    /// Whether pages moved away from other frames, or did not take those that they were proposed.
     pub(super) gave_up: bool,
 }
 
@@ -120,12 +120,7 @@ impl Desk {
             .collect()
     }
 
-    /// Whether this process is far enough from its limit of mappings for merging to take more.
-    pub(super) fn has_room_for(&mut self, runs: &[Run]) -> bool {
-        self.mappings.have_room_for(runs)
-    }
-
-    /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.
+    /// Carries out a Map; too near to the limit of mappings only of frames that move, which leaves no more mappings than there were. Without `split`, nothing short of a whole huge page is mapped over one.
     pub(super) fn map(
         &mut self,
         runs: &[Run],
@@ -139,6 +134,7 @@ impl Desk {
             gave_up: false,
         };
         let mut unsettled: Vec<(usize, Arc<Region>, Span)> = Vec::new();
+        let has_room = self.mappings.have_room_for(runs);
         let forks = fork::count();
         let mut alone = None;
         for (index, run) in runs.iter().enumerate() {
@@ -158,6 +154,10 @@ impl Desk {
                         failure: Some(Failure::NotNow),
                     }
                 }
+                Some((region, span)) if !has_room && !region.shows_frames(span, number) => RunOutcome {
+                    merged: Bits::None,
+                    failure: Some(Failure::Mappings),
+                },
                 Some((region, span)) if !split && region.would_split(span, &mut self.pagemap) => RunOutcome {
                     merged: Bits::None,
                     failure: Some(Failure::WouldSplit),
