@@ -186,6 +186,8 @@ impl Desk {
             mapped.outcomes.push(outcome);
         }
         self.settle(&unsettled, runs, forks, objects, &mut mapped.outcomes);
+        // What was not done at all, or taken back, gives its proposals up.
+        mapped.gave_up |= mapped.outcomes.iter().any(|outcome| outcome.failure.is_some());
         mapped
     }
 
