@@ -850,3 +850,27 @@ def test_children_killed_while_they_are_counted() -> None:
         intact()
         """
     )
+
+
+def test_what_was_refused_while_a_child_lived_is_given_up_when_it_is_dead(runtime_dir: object) -> None:
+    run("""
+        import ctypes
+        ksmrs.tunables.advisor_mode = "none"
+        ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 10_000, 1
+        region = ksmrs.Region(64 * 4096, shared=True)
+        array = region.array(np.uint8, (64, 4096))
+        array[:] = np.repeat(np.random.default_rng(1).integers(0, 256, (32, 4096), np.uint8), 2, axis=0)
+        wait_merged(64, region)
+        parent = os.getpid()
+        child = ctypes.CDLL(None).fork()
+        while child == 0:
+            if os.getppid() != parent:
+                os._exit(0)
+            time.sleep(0.05)
+        # Nothing of the object merges while the child has it: each pass is refused what it proposes.
+        wait_for(lambda: ksmrs.stats().references_in_limbo > 1000, "refusals")
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        wait_for(lambda: merged(region) == 64, "the merge")
+        wait_for(lambda: ksmrs.stats().references_in_limbo == 0 and ksmrs.stats().frames == 32, "limbo to end", 30)
+    """)

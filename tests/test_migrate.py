@@ -60,6 +60,19 @@ WORKER = """
                 stop.set()
                 thread.join()
                 print(len(wrong))
+            case ["crowd"]:
+                # Mappings of the program's own, until merging takes no more.
+                limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+                pad = ctypes.create_string_buffer((limit + 2) * 4096)
+                first, protect = -(-ctypes.addressof(pad) // 4096) * 4096, ctypes.CDLL(None).mprotect
+                others = len(Path("/proc/self/maps").read_text().splitlines())
+                for page in range(0, limit * 7 // 8 - others, 2):
+                    assert protect(ctypes.c_void_p(first + page * 4096), ctypes.c_size_t(4096), 1) == 0
+                while region.page_states()[0] == PageState.MERGED:
+                    for _ in range(2):
+                        array[0, 0] ^= 1
+                        ksmrs.merge(timeout=30)
+                print("crowded")
             case ["verify"]:
                 print(int((array != expected).any(1).sum()))
 """
@@ -153,6 +166,18 @@ def test_a_child_that_was_born_meanwhile_follows_too(runtime_dir: object) -> Non
             assert (array == contents).all()
         """)
         wait_for(lambda: ksmrs.stats().pages_migrated >= PAGES, "the migration", 60)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+def test_who_has_too_many_mappings_to_merge_follows_all_the_same(runtime_dir: object, shared: bool) -> None:
+    ksmrs.tunables.join_runs = 0
+    with scattered(shared) as heirs:
+        assert heirs[0].ask("crowd") == "crowded"
+        ksmrs.tunables.join_runs = 1
+        # The first page is without an equal now, so its frame has no rift to join at.
+        wait_for(lambda: ksmrs.stats().pages_migrated >= 2 * PAGES - 32, "the migration", 60)
+        wait_for(lambda: ksmrs.stats().frames == PAGES, "the end of it", 60)
+        assert ksmrs.stats().pages_sharing >= PAGES - 16, "nobody is left behind"
 
 
 @pytest.mark.timeout(300)

@@ -25,6 +25,10 @@ const PIECES: usize = 64;
 const PIECES_AT_ONCE: usize = 8;
 /// Pages gathered per pass, about, 4 bytes each.
 const MOST_GATHERED: usize = 1 << 16;
+/// Pages that show the frames weighed in one step, and moved in one: a few milliseconds for a driver with one thread.
+const MOST_AT_ONCE: usize = 1 << 15;
+/// Slots, modulo this, whose frames may be among the gathered: asked first, for nearly all pages show others.
+const SLOTS_MARKED: usize = 1 << 18;
 /// Pages that may be remapped for each mapping that is freed by it: 16 of a few microseconds each, once.
 const PAGES_PER_MAPPING: i64 = 16;
 /// Passes until a piece of which nothing came is looked at again.
@@ -41,6 +45,8 @@ pub(crate) struct Migration {
     chosen: Vec<PageRange>,
     /// Who shows the frames of those, as far as this pass came.
     gathered: HashMap<Slot, Vec<PageNumber>>,
+    /// A bit for each of those, by `slot % SLOTS_MARKED`; empty while there are none.
+    marked: Vec<u64>,
     /// Gathered: to be moved, if that is worth it.
     ready: VecDeque<PageRange>,
     /// Who shows the frames of those.
@@ -71,8 +77,19 @@ impl Migration {
         }
     }
 
+    fn begin_to_gather(&mut self, slot: Slot, shown: usize) {
+        self.gathered.entry(slot).or_insert_with(|| Vec::with_capacity(shown));
+        self.marked.resize(SLOTS_MARKED / 64, 0);
+        let bit = slot.0 as usize % SLOTS_MARKED;
+        self.marked[bit / 64] |= 1 << (bit % 64);
+    }
+
     fn gather(&mut self, slot: Slot, page: PageNumber) {
-        if let Some(pages) = self.gathered.get_mut(&slot) {
+        let bit = slot.0 as usize % SLOTS_MARKED;
+        let marked = self.marked.get(bit / 64);
+        if marked.is_some_and(|bits| bits >> (bit % 64) & 1 != 0)
+            && let Some(pages) = self.gathered.get_mut(&slot)
+        {
             pages.push(page);
         }
     }
@@ -89,7 +106,8 @@ impl Migration {
             let pages: usize = rmap.values().map(Vec::capacity).sum();
             rmap.allocation_size() + pages * size_of::<PageNumber>()
         };
-        lists(&self.gathered) + lists(&self.shown_by) + self.resting.allocation_size()
+        let marked = self.marked.capacity() * size_of::<u64>();
+        lists(&self.gathered) + lists(&self.shown_by) + self.resting.allocation_size() + marked
     }
 }
 
@@ -158,6 +176,12 @@ impl Core {
         migration.resting.retain(|_, since| pass.wrapping_sub(*since) < REST);
         migration.ready = std::mem::take(&mut migration.chosen).into();
         migration.shown_by = std::mem::take(&mut migration.gathered);
+        migration.marked.clear();
+        for pages in migration.shown_by.values_mut() {
+            // A number that a region left and another took meanwhile was met twice.
+            pages.sort_unstable();
+            pages.dedup();
+        }
         let met = std::mem::take(&mut migration.met);
         let busy: HashSet<PageNumber> = migration.ready.iter().map(|piece| piece.first).collect();
         let mut expected = 0;
@@ -166,14 +190,26 @@ impl Core {
             if migration.chosen.contains(&piece) || self.regions.of(first).is_none() || expected > MOST_GATHERED {
                 continue;
             }
-            for (_, slot) in shown_in(&self.pages, piece) {
-                let shown = usize::from(self.rmap.frames.get(slot).shown);
-                expected += shown;
-                migration
-                    .gathered
-                    .entry(slot)
-                    .or_insert_with(|| Vec::with_capacity(shown));
+            let shown = |slot| usize::from(self.rmap.frames.get(slot).shown);
+            let frames: Vec<(PageNumber, Slot)> = shown_in(&self.pages, piece).collect();
+            let all: usize = frames.iter().map(|&(_, slot)| shown(slot)).sum();
+            // Of a piece that is too much for one step a part: from its first rift on, with the page before, which the others may join.
+            let rift =
+                |pair: &[(PageNumber, Slot)]| pair[0].0.plus(1) == pair[1].0 && pair[0].1.stepped(1) != pair[1].1;
+            let first = frames
+                .windows(2)
+                .position(rift)
+                .filter(|_| all > MOST_AT_ONCE)
+                .unwrap_or(0);
+            let mut left = MOST_AT_ONCE;
+            for &(_, slot) in &frames[first..] {
+                let Some(rest) = left.checked_sub(shown(slot)) else {
+                    break;
+                };
+                left = rest;
+                migration.begin_to_gather(slot, shown(slot));
             }
+            expected += MOST_AT_ONCE - left;
             migration.chosen.push(piece);
         }
     }
@@ -183,11 +219,19 @@ impl Core {
         if self.tunables.run != run::RUN || self.pace.is_requested() || self.tunables.join_runs == 0 {
             self.migration.ready.clear();
         }
-        (0..PIECES_AT_ONCE).find_map(|_| {
+        let mut weighed = 0;
+        for _ in 0..PIECES_AT_ONCE {
+            if weighed >= MOST_AT_ONCE {
+                break;
+            }
             let piece = self.migration.ready.pop_front()?;
-            self.regions.of(piece.first)?;
+            if self.regions.of(piece.first).is_none() {
+                continue;
+            }
             self.migration.rest(piece, self.pass);
-            let targets = self.targets(piece)?;
+            let Some(targets) = self.targets(piece, &mut weighed) else {
+                continue;
+            };
             let mut frames: Vec<(Slot, Slot)> = targets.into_iter().collect();
             frames.sort_unstable_by_key(|&(_, to)| to);
             let (first, last) = (frames.first()?.1, frames.last()?.1);
@@ -195,14 +239,16 @@ impl Core {
                 self.rmap.frames.set_huge(first);
             }
             self.migration.moving = frames.clone();
-            Some(Decision::Move { frames })
-        })
+            return Some(Decision::Move { frames });
+        }
+        None
     }
 
-    /// The slots to move a piece's frames to, taken, if there are any worth it.
-    fn targets(&mut self, piece: PageRange) -> Option<HashMap<Slot, Slot>> {
+    /// The slots to move a piece's frames to, taken, if there are any worth it. Adds the pages that were weighed.
+    fn targets(&mut self, piece: PageRange, weighed: &mut usize) -> Option<HashMap<Slot, Slot>> {
         let (mut known, mut movable) = (HashSet::new(), Vec::new());
         for (page, slot) in shown_in(&self.pages, piece) {
+            *weighed += self.migration.shown_by.get(&slot).map_or(0, Vec::len);
             if known.insert(slot) && self.may_move(slot) {
                 movable.push((page, slot));
             }
@@ -272,33 +318,43 @@ impl Core {
 
     /// What moving the frames would free, over all who show them.
     fn weigh(&self, targets: HashMap<Slot, Slot>) -> Proposal {
-        let mut boundaries: HashMap<PageNumber, ClientId> = HashMap::new();
-        let mut pages = 0;
         let shown_by = targets.keys().filter_map(|slot| self.migration.shown_by.get(slot));
-        for &page in shown_by.flatten() {
-            let Some(region) = self.regions.of(page) else { continue };
-            let (client, range) = (region.client, region.range);
-            pages += 1;
-            // Between a page and the one before it, inside the region.
-            let both = [page, page.plus(1)].into_iter();
-            let inside = both.filter(|page| page.0 > range.first.0 && page.0 < range.first.0 + range.pages);
-            boundaries.extend(inside.map(|page| (page, client)));
-        }
+        let mut pages: Vec<PageNumber> = shown_by.flatten().copied().collect();
+        pages.sort_unstable();
         let after = |place: Place| match place {
             Place::Merged(slot) => Place::Merged(targets.get(&slot).copied().unwrap_or(slot)),
             other => other,
         };
-        let mut saved: HashMap<ClientId, i64> = HashMap::new();
-        for (page, client) in boundaries {
-            let (one, next) = (self.pages.place(PageNumber(page.0 - 1)), self.pages.place(page));
+        // What moving frees between this page and the one before it.
+        let freed = |page: u32| {
+            let (one, next) = (
+                self.pages.place(PageNumber(page - 1)),
+                self.pages.place(PageNumber(page)),
+            );
             let now = i64::from(!one.continues_into(next));
-            let then = i64::from(!after(one).continues_into(after(next)));
-            *saved.entry(client).or_default() += now - then;
+            now - i64::from(!after(one).continues_into(after(next)))
+        };
+        let mut saved: HashMap<ClientId, i64> = HashMap::new();
+        let (mut client, mut first, mut end) = (ClientId(0), 0, 0);
+        for (i, page) in pages.iter().enumerate() {
+            if !(first..end).contains(&page.0) {
+                let Some(region) = self.regions.of(*page) else { continue };
+                let range = region.range;
+                (client, first, end) = (region.client, range.first.0, range.first.0 + range.pages);
+            }
+            let saved = saved.entry(client).or_default();
+            if page.0 > first {
+                *saved += freed(page.0);
+            }
+            // Behind it too, unless the next one moves as well.
+            if page.0 + 1 < end && pages.get(i + 1) != Some(&page.plus(1)) {
+                *saved += freed(page.0 + 1);
+            }
         }
         Proposal {
             saved: saved.values().sum(),
             loses: saved.values().any(|saved| *saved < 0),
-            pages,
+            pages: pages.len() as i64,
             targets,
         }
     }
@@ -340,7 +396,10 @@ impl Core {
         let (checksum, most) = (frame.checksum(), self.tunables.max_page_sharing);
         match self.rmap.stable.find(&self.rmap.frames, checksum, most) {
             Some(heir) => self.propose(id, page, heir),
-            // It came back to nobody: this one is the frame of its content again.
+            // Others have it, and no room: until they have, or are gone.
+            None if self.rmap.stable.has(&self.rmap.frames, checksum) => {}
+            // It came back to nobody: this one is the frame of its content again, unless there will be another.
+            None if self.foundings.find(checksum).is_some() => {}
             None => self.rmap.reinstate(slot),
         }
     }
@@ -357,6 +416,7 @@ fn shown_in(pages: &Pages, piece: PageRange) -> impl Iterator<Item = (PageNumber
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limbo::Epoch;
     use crate::region::Kind;
 
     const CLIENT: ClientId = ClientId(1);
@@ -426,5 +486,38 @@ mod tests {
         assert_eq!(core.clients[&CLIENT].maps, [(pages[0], to)]);
         core.follow(CLIENT, pages[1], from);
         assert_eq!(core.clients[&CLIENT].maps, [(pages[0], to), (pages[1], to)]);
+    }
+
+    #[test]
+    fn a_frame_whose_copy_is_full_stays_out_until_that_has_room() {
+        let (mut core, pages, from, to) = moved();
+        core.moved(&[Some(Checksum(1))]);
+        let refused = std::mem::take(&mut core.clients.get_mut(&CLIENT).unwrap().maps);
+        // Whoever cannot follow tries again and again; a child lives, so what it refused is kept.
+        for _ in 0..core.tunables.max_page_sharing {
+            core.rmap.propose(to);
+            core.rmap.retire(to, CLIENT, Epoch(1));
+        }
+        core.withdraw(&refused);
+        core.follow(CLIENT, pages[0], from);
+        assert_eq!(
+            (core.clients[&CLIENT].maps.len(), core.stats().stable_node_chains),
+            (0, 0)
+        );
+        core.sealed(CLIENT, Epoch(1));
+        assert_eq!(core.rmap.next_punch(), Some((to, 1)));
+        core.follow(CLIENT, pages[0], from);
+        assert_eq!(listed(&mut core), Some(from));
+    }
+
+    #[test]
+    fn a_number_met_twice_stands_for_one_page() {
+        let (mut core, pages, from, _) = moved();
+        core.migration.begin_to_gather(from, 2);
+        for page in [pages[1], pages[1]] {
+            core.migration.gather(from, page);
+        }
+        core.choose_moves();
+        assert!(!core.may_move(from), "{:?} was missed", pages[0]);
     }
 }

@@ -42,6 +42,11 @@ impl StableTree {
         found
     }
 
+    /// Whether any frame has this content, with room or without.
+    pub(crate) fn has(&self, frames: &Frames, checksum: Checksum) -> bool {
+        self.listed(frames, checksum).is_some()
+    }
+
     fn listed(&self, frames: &Frames, checksum: Checksum) -> Option<Slot> {
         let same = |&slot: &u32| frames.get(Slot(slot)).checksum() == checksum;
         self.listed.find(spread(checksum.tag()), same).map(Slot)

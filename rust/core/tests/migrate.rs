@@ -143,3 +143,21 @@ fn a_client_that_could_not_follow_does_so_when_it_is_seen_again() {
     let stats = passes(&mut world, 4);
     assert_eq!((stats.frames, world.rifts(heirs[0])), (PAGES.into(), 0));
 }
+
+#[test]
+fn what_too_many_show_moves_in_parts_and_comes_together() {
+    let (mut world, founders) = founded();
+    // A step weighs and moves 2^15 pages at most; these show the frames more often.
+    let heirs: Vec<ClientId> = (0..150).map(|_| join(&mut world, straight)).collect();
+    world.merge();
+    for id in founders {
+        world.die(id);
+        world.seal(id);
+    }
+    let stats = passes(&mut world, 20);
+    assert_eq!((world.moves, world.rifts(heirs[0])), (PAGES as usize, 0));
+    assert_eq!(
+        (stats.frames, stats.pages_migrated),
+        (PAGES.into(), u64::from(150 * PAGES))
+    );
+}

@@ -12,7 +12,7 @@ use crate::region::Region;
 use crate::store::StoreFile;
 use crate::watch::{Testimony, Watch};
 use crate::window::{Pane, Window};
-use crate::word::{Slot, State, Word};
+use crate::word::{Slot, State, StoreNumber, Word};
 
 /// What the remapper works with, made once by its thread.
 pub struct RemapTools {
@@ -104,6 +104,14 @@ impl Region {
                 .unwrap_or(true)
         })
         .unwrap_or(false)
+    }
+
+    /// Whether all pages of a span show frames of this store.
+    pub fn shows_frames(&self, span: Span, store: StoreNumber) -> bool {
+        let shows =
+            |word: Word| word.state() == State::Merged && word.frame().is_some_and(|(theirs, _)| theirs == store);
+        self.open(|_| span.iter().all(|page| shows(self.words.load(page))))
+            .unwrap_or(false)
     }
 
     /// Frees the home pages behind pages just merged, or takes the pages back if another address space maps the object.

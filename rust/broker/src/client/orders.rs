@@ -43,7 +43,7 @@ pub(super) struct Desk {
 /// What became of a Map.
 pub(super) struct Mapped {
     pub(super) outcomes: Vec<RunOutcome>,
-    /// Whether pages moved away from other frames.
+    /// Whether pages moved away from other frames, or did not take those that they were proposed.
     pub(super) gave_up: bool,
 }
 
@@ -114,12 +114,7 @@ impl Desk {
             .collect()
     }
 
-    /// Whether this process is far enough from its limit of mappings for merging to take more.
-    pub(super) fn has_room_for(&mut self, runs: &[Run]) -> bool {
-        self.mappings.have_room_for(runs)
-    }
-
-    /// Carries out a Map. Without `split`, nothing short of a whole huge page is mapped over one.
+    /// Carries out a Map; too near to the limit of mappings only of frames that move, which leaves no more mappings than there were. Without `split`, nothing short of a whole huge page is mapped over one.
     pub(super) fn map(
         &mut self,
         runs: &[Run],
@@ -133,6 +128,7 @@ impl Desk {
             gave_up: false,
         };
         let mut unsettled: Vec<(usize, Arc<Region>, Span)> = Vec::new();
+        let has_room = self.mappings.have_room_for(runs);
         let forks = fork::count();
         let mut alone = None;
         for (index, run) in runs.iter().enumerate() {
@@ -152,6 +148,10 @@ impl Desk {
                         failure: Some(Failure::NotNow),
                     }
                 }
+                Some((region, span)) if !has_room && !region.shows_frames(span, number) => RunOutcome {
+                    merged: Bits::None,
+                    failure: Some(Failure::Mappings),
+                },
                 Some((region, span)) if !split && region.would_split(span, &mut self.tools) => RunOutcome {
                     merged: Bits::None,
                     failure: Some(Failure::WouldSplit),
@@ -180,6 +180,8 @@ impl Desk {
             mapped.outcomes.push(outcome);
         }
         self.settle(&unsettled, runs, forks, objects, &mut mapped.outcomes);
+        // What was not done at all, or taken back, gives its proposals up.
+        mapped.gave_up |= mapped.outcomes.iter().any(|outcome| outcome.failure.is_some());
         mapped
     }
 

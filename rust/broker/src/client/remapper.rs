@@ -14,7 +14,7 @@ use super::scanner::{self, Job};
 use super::session::{Session, Stage};
 use super::{Bequest, ConnectOptions, Error};
 use crate::cpu::Stopwatch;
-use crate::wire::{self, Answer, Failure, Lineage, ScanCounts, ToBroker, ToClient};
+use crate::wire::{self, Answer, Lineage, ScanCounts, ToBroker, ToClient};
 use born::Birth;
 use ksmrs_sys::life::LifePage;
 use ksmrs_sys::page_table::ClientTable;
@@ -467,16 +467,6 @@ impl Remapper {
         let Some((number, store)) = self.session.as_ref().and_then(|session| session.store.as_ref()) else {
             return Ok(());
         };
-        if !self.desk.has_room_for(runs) {
-            self.report(
-                &ToBroker::Failed {
-                    order,
-                    failure: Failure::Mappings,
-                },
-                true,
-            );
-            return Ok(());
-        }
         let done = self.desk.map(runs, split, (*number, store), &self.objects);
         let report = ToBroker::Mapped {
             order,

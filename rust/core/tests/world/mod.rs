@@ -118,6 +118,8 @@ pub struct World {
     pub scans: usize,
     /// Frames copied, ever.
     pub moves: usize,
+    /// At most so many at once.
+    pub largest_move: usize,
     /// Whether the store cannot be written now and then.
     pub disk_trouble: bool,
 }
@@ -136,6 +138,7 @@ impl World {
             runs: Vec::new(),
             scans: 0,
             moves: 0,
+            largest_move: 0,
             disk_trouble: true,
             processes: BTreeMap::new(),
             next_client: 0,

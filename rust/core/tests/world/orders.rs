@@ -240,6 +240,7 @@ impl World {
     /// Copies frames; the new ones are nobody's yet.
     fn move_frames(&mut self, frames: &[(Slot, Slot)]) {
         assert!(frames.len() <= 512 && frames.is_sorted_by_key(|&(_, to)| to));
+        self.largest_move = self.largest_move.max(frames.len());
         let mapped = self.mapped_slots();
         let mut checksums = Vec::new();
         for &(from, to) in frames {
