@@ -93,8 +93,16 @@ class Worker(Child):
 
 
 def hurry() -> None:
-    ksmrs.tunables.advisor_mode = "none"
-    ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+    def is_set() -> bool:
+        try:
+            ksmrs.tunables.advisor_mode = "none"
+            ksmrs.tunables.pages_to_scan, ksmrs.tunables.sleep_millisecs = 100_000, 1
+        except ksmrs.BrokerError:
+            # The connection was to a broker that was killed; the next call finds the next one.
+            return False
+        return True
+
+    wait_for(is_set, "a broker that takes knobs")
 
 
 @contextlib.contextmanager
