@@ -2,8 +2,9 @@
 
     python benches/freeze_tracked.py [--pages 512] [--rounds 25] [--json]
 
-An array that equals nothing is scanned until it is tracked; then a twin comes, and both merge. Meanwhile one byte is read into
-the middle of the array again and again, as in freeze_window.py; timed is the time from the first EFAULT to the next success.
+An array of small pages (huge ones are never tracked) that equals nothing is scanned until it is tracked; then a twin comes,
+and both merge. Meanwhile one byte is read into the middle of the array again and again, as in freeze_window.py; timed is the
+time from the first EFAULT to the next success.
 Each round has arrays of its own, in turn with tracking and in a process without. Every byte is verified.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import statistics
 import subprocess
@@ -25,24 +25,11 @@ from typing import Any
 import numpy as np
 
 import ksmrs
-from freeze_window import probe
+from freeze_window import PAGE, probe, small_pages
 
-PAGE = 4096
-EXTENT = 2 << 20
 PATIENCE_SECONDS = 30
 PASSES = 8
 """Until an array that nobody writes is registered and armed: it is looked at four times."""
-
-
-def small_pages(content: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Adopted memory that is not huge, for that is never tracked."""
-    memory = mmap.mmap(-1, content.nbytes + EXTENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
-    whole = np.frombuffer(memory, np.uint8)
-    array = whole[-whole.ctypes.data % EXTENT :][: content.nbytes]
-    array[:] = content
-    ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
-    return array
 
 
 def is_tracked(array: np.ndarray[Any, Any]) -> bool:

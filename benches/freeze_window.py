@@ -46,24 +46,26 @@ MODES = ("at rest", "background", "without pause", "pinned")
 PATIENCE_SECONDS = 10
 
 
+def small_pages(content: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A private array of these bytes, opted in, at the start of an extent and of small pages."""
+    memory = mmap.mmap(-1, content.nbytes + EXTENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    array = whole[-whole.ctypes.data % EXTENT :][: content.nbytes]
+    array[:] = content
+    ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
+    return array
+
+
 class Twins:
     """Two private arrays of equal bytes, each at the start of an extent, so that a run of 512 pages stays one."""
 
     def __init__(self, nbytes: int) -> None:
         self.content = np.random.default_rng(7).integers(1, 256, nbytes, np.uint8)
-        self.ours, self._twin = (self._make(nbytes) for _ in range(2))
+        self.ours, self._twin = (small_pages(self.content) for _ in range(2))
         ksmrs.merge()
         if ksmrs.process_stats().ksm_merging_pages < 2 * nbytes // PAGE:
             raise SystemExit(f"not everything merged: {ksmrs.process_stats()}")
-
-    def _make(self, nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        memory = mmap.mmap(-1, nbytes + EXTENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        whole = np.frombuffer(memory, np.uint8)
-        array = whole[-whole.ctypes.data % EXTENT :][:nbytes]
-        array[:] = self.content
-        ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
-        return array
 
     def check(self) -> None:
         if not all((array == self.content).all() for array in (self.ours, self._twin)):

@@ -58,7 +58,6 @@ struct Simulation {
     owners: Vec<u32>,
     seen: Vec<bool>,
     frames: Vec<Checksum>,
-    next_calls: u64,
     longest: Duration,
     unequal: u64,
 }
@@ -190,11 +189,10 @@ impl Simulation {
     /// Goes on to the end of the pass, or until `stop` says so.
     fn pass(&mut self, stop: impl Fn(&Simulation) -> bool) -> Pass {
         let (scans, scanned) = (self.core.full_scans(), self.core.stats().pages_scanned);
-        (self.spent, self.longest, self.next_calls) = Default::default();
+        (self.spent, self.longest) = Default::default();
         let (simulated, began) = (self.now, Instant::now());
         while self.core.full_scans() == scans && !stop(self) {
             let now = self.now;
-            self.next_calls += 1;
             match self.timed(|core| core.next(now)) {
                 Next::Do(decision) => self.carry_out(decision),
                 Next::WaitUntil(then) => self.now = then.max(now),
@@ -252,7 +250,6 @@ fn main() {
         owners: Vec::new(),
         seen: Vec::new(),
         frames: Vec::new(),
-        next_calls: 0,
         longest: Duration::ZERO,
         unequal: 0,
     };

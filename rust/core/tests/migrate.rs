@@ -32,6 +32,21 @@ fn join(world: &mut World, content: fn(u32) -> u32) -> ClientId {
     id
 }
 
+/// The founders' frames are shown by these as well, and then by nobody else.
+fn inherit(world: &mut World, founders: Vec<ClientId>, heirs: u32) -> Vec<ClientId> {
+    let heirs = (0..heirs).map(|_| join(world, straight)).collect();
+    world.merge();
+    for id in founders {
+        world.die(id);
+        world.seal(id);
+    }
+    heirs
+}
+
+fn rifts(world: &World, ids: &[ClientId]) -> Vec<u32> {
+    ids.iter().map(|&id| world.rifts(id)).collect()
+}
+
 /// Whole passes go by, and what was given up is released.
 fn passes(world: &mut World, count: u64) -> Stats {
     let until = world.core.stats().full_scans + count;
@@ -49,15 +64,10 @@ fn passes(world: &mut World, count: u64) -> Stats {
 #[test]
 fn frames_follow_the_order_of_those_who_are_left() {
     let (mut world, founders) = founded();
-    let heirs = [join(&mut world, straight), join(&mut world, straight)];
-    world.merge();
-    for id in founders {
-        world.die(id);
-        world.seal(id);
-    }
-    assert_eq!(heirs.map(|id| world.rifts(id)), [PAGES - 1; 2]);
+    let heirs = inherit(&mut world, founders, 2);
+    assert_eq!(rifts(&world, &heirs), [PAGES - 1; 2]);
     let stats = passes(&mut world, 4);
-    assert_eq!(heirs.map(|id| world.rifts(id)), [0; 2]);
+    assert_eq!(rifts(&world, &heirs), [0; 2]);
     assert_eq!((stats.pages_shared, stats.pages_sharing), (PAGES.into(), PAGES.into()));
     assert_eq!(
         (stats.frames, stats.pages_migrated),
@@ -76,19 +86,14 @@ fn nothing_moves_where_somebody_would_lose_by_it() {
     world.merge();
     passes(&mut world, 6);
     assert_eq!((world.moves, world.rifts(heir)), (0, PAGES - 1));
-    assert_eq!(founders.iter().map(|&id| world.rifts(id)).sum::<u32>(), 0);
+    assert_eq!(rifts(&world, &founders), [0; 2]);
 }
 
 #[test]
 fn nothing_moves_where_the_knob_says_so() {
     let (mut world, founders) = founded();
     world.core.set("join_runs", "0").unwrap();
-    let heirs = [join(&mut world, straight), join(&mut world, straight)];
-    world.merge();
-    for id in founders {
-        world.die(id);
-        world.seal(id);
-    }
+    let heirs = inherit(&mut world, founders, 2);
     passes(&mut world, 6);
     assert_eq!((world.moves, world.rifts(heirs[0])), (0, PAGES - 1));
     world.core.set("join_runs", "1").unwrap();
@@ -106,26 +111,21 @@ fn a_page_that_was_written_and_merged_again_goes_back_between_its_neighbours() {
         world.write(id, 100, 7);
     }
     world.merge();
-    assert_eq!(ids.map(|id| world.rifts(id)), [2; 2], "its old slot was not free");
+    assert_eq!(rifts(&world, &ids), [2; 2], "its old slot was not free");
     world.seal_everything();
     let stats = passes(&mut world, 4);
     assert_eq!((world.moves, stats.pages_migrated), (1, 2));
-    assert_eq!(ids.map(|id| world.rifts(id)), [0; 2]);
+    assert_eq!(rifts(&world, &ids), [0; 2]);
 }
 
 #[test]
 fn a_client_that_could_not_follow_does_so_when_it_is_seen_again() {
     let (mut world, founders) = founded();
-    let heirs = [join(&mut world, straight), join(&mut world, straight)];
-    world.merge();
-    for id in founders {
-        world.die(id);
-        world.seal(id);
-    }
+    let heirs = inherit(&mut world, founders, 2);
     // Two passes to find what is to move; then one of them stands still while it is to follow.
     while world.moves == 0 {
         world.pump(1);
-        for id in heirs {
+        for &id in &heirs {
             world.work(id, 0);
             world.report(id, 0);
         }
@@ -148,12 +148,7 @@ fn a_client_that_could_not_follow_does_so_when_it_is_seen_again() {
 fn what_too_many_show_moves_in_parts_and_comes_together() {
     let (mut world, founders) = founded();
     // A step weighs and moves 2^15 pages at most; these show the frames more often.
-    let heirs: Vec<ClientId> = (0..150).map(|_| join(&mut world, straight)).collect();
-    world.merge();
-    for id in founders {
-        world.die(id);
-        world.seal(id);
-    }
+    let heirs = inherit(&mut world, founders, 150);
     let stats = passes(&mut world, 20);
     assert_eq!((world.moves, world.rifts(heirs[0])), (PAGES as usize, 0));
     assert_eq!(

@@ -2,8 +2,8 @@
 //!
 //! PAGEMAP_SCAN (Linux 6.7) answers for thousands of pages in one call; older kernels are asked page by page through the same
 //! file. A process that is not dumpable may not open it at all: then nobody knows, and the caller compares checksums instead.
-//! The same call tells which pages were written since they were armed (`tracking.rs`), and arms them. What is learned here never
-//! proves anything but that the kernel copied a page.
+//! The same call tells which pages were written since they were armed (`tracking.rs`), and arms them. What is learned here proves two
+//! things and nothing else: that the kernel copied a page, and that an armed page of private memory was not written through its mapping.
 
 use crate::error::SysError;
 use crate::mapping::View;

@@ -8,6 +8,12 @@ pub fn read(name: &str) -> Option<u64> {
     text.trim().parse().ok()
 }
 
+/// How many mappings the kernel lets a process have (`vm.max_map_count`); its own default where it does not say.
+pub fn max_map_count() -> usize {
+    const DEFAULT: usize = 65_530;
+    read("vm/max_map_count").map_or(DEFAULT, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

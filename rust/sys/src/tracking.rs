@@ -5,8 +5,9 @@
 //! armed, as far as this mapping goes; the scan arms first and reads then, so its checksum is that of those bytes or newer, and a
 //! write in between only has the page read again.
 //!
-//! It saves work and proves nothing: a merge freezes and compares, armed or not. It does not see what is written through another
-//! mapping, a descriptor, or by a device that pinned the page before it was armed, so every page is read now and then all the same.
+//! It does not see what is written through another mapping, a descriptor, or by a device that pinned the page before it was armed, so
+//! every page is read now and then all the same. A merge takes its word for one thing: that private pages were not written between
+//! their comparison and the freeze (`watch.rs`).
 //!
 //! Memory is registered in *units*, the 2 MiB that a huge page could be, and never where it is made of huge pages, for the first write
 //! to an armed one splits it. A unit is registered whole, or, where some of it is merged, in the stretches between, whose ends
@@ -245,8 +246,7 @@ impl Drop for Arming<'_> {
 
 /// The stretches of registered units that a process may have: each costs two mappings, and the program needs those.
 fn most_stretches() -> i64 {
-    const DEFAULT_LIMIT: u64 = 65_530;
-    i64::try_from(sysctl::read("vm/max_map_count").unwrap_or(DEFAULT_LIMIT) / 32).unwrap_or(i64::MAX)
+    i64::try_from(sysctl::max_map_count() / 32).unwrap_or(i64::MAX)
 }
 
 /// What a scan saw of the pages of one unit.

@@ -9,8 +9,6 @@ use ksmrs_sys::sysctl;
 
 /// Map orders between two counts at most: the program's own mappings grow unseen meanwhile.
 const ORDERS: u32 = 32;
-/// The kernel's limit where it cannot be read.
-const DEFAULT_LIMIT: usize = 65_530;
 
 /// What may still be spent, as of the last count.
 #[derive(Default)]
@@ -26,7 +24,7 @@ impl Mappings {
         let worst = runs.iter().map(|run| usize::from(run.pages) + 1).sum();
         if self.orders == 0 || self.left < worst {
             self.orders = ORDERS;
-            self.left = mergeable(limit()).saturating_sub(count());
+            self.left = mergeable(sysctl::max_map_count()).saturating_sub(count());
         }
         self.orders -= 1;
         self.left > 0
@@ -41,10 +39,6 @@ impl Mappings {
 /// The mappings at which merging stops.
 fn mergeable(limit: usize) -> usize {
     limit / 4 * 3
-}
-
-fn limit() -> usize {
-    sysctl::read("vm/max_map_count").map_or(DEFAULT_LIMIT, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
 fn count() -> usize {
@@ -69,7 +63,7 @@ mod tests {
         let mut mappings = Mappings::default();
         assert!(mappings.have_room_for(&[run(512)]));
         let counted = mappings.left;
-        assert!(counted > 0 && counted < mergeable(limit()));
+        assert!(counted > 0 && counted < mergeable(sysctl::max_map_count()));
         mappings.spend(100);
         assert!(mappings.have_room_for(&[run(512)]));
         assert_eq!(mappings.left, counted - 200, "not counted again");

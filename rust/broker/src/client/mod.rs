@@ -7,9 +7,9 @@
 //!                      scanner +---------- wire thread <----------+
 //! ```
 //!
-//! Four threads (the fourth, the tracker, registers memory for dirty tracking) share one descriptor table that is not the program's. Program threads talk to them through memory only. Nothing
-//! here is needed for data to be right: without threads, broker or socket every region is ordinary memory, breaks included.
-//! No thread here ever runs Python.
+//! Four threads (the fourth, the tracker, registers memory for dirty tracking) share one descriptor table that is not the
+//! program's. Program threads talk to them through memory only. Nothing here is needed for data to
+//! be right: without threads, broker or socket every region is ordinary memory, breaks included. No thread here ever runs Python.
 
 mod born;
 mod link;

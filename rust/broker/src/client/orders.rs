@@ -114,7 +114,8 @@ impl Desk {
             .collect()
     }
 
-    /// Carries out a Map; too near to the limit of mappings only of frames that move, which leaves no more mappings than there were. Without `split`, nothing short of a whole huge page is mapped over one.
+    /// Carries out a Map; too near to the limit of mappings only of frames that move, which leaves no more mappings than there
+    /// were. Without `split`, nothing short of a whole huge page is mapped over one.
     pub(super) fn map(
         &mut self,
         runs: &[Run],

@@ -167,6 +167,18 @@ impl World {
         }
     }
 
+    /// A whole order of one private page, with a witness.
+    fn merge_witnessed(&self) {
+        self.merge_before(&mut Watch::of(self), 1, Slot(0));
+    }
+
+    /// The first page follows its frame to a copy; the first frame is freed as soon as it did.
+    fn migrate(&self) {
+        if self.merge(1, Slot(1))[0] == Verdict::Moved {
+            self.kernel.lock().unwrap().frames[0] = FREED;
+        }
+    }
+
     /// What the broker does while the client seems to stand still; afterwards somebody else uses the object.
     fn lend_and_use(&self, value: u8) {
         let whole = Span {
@@ -484,16 +496,20 @@ fn spawn(world: &Arc<World>, body: impl FnOnce(&World) + 'static) -> loom::threa
     loom::thread::spawn(move || body(&world))
 }
 
-/// Remapper against two writers of the same page.
-pub fn merge_and_two_writers(kind: Kind) {
-    let world = World::new(kind, 1, false);
-    let remapper = spawn(&world, World::merge_and_settle);
-    let first = spawn(&world, |world| world.write(0, 0, 1));
+/// What a remapper does, against two writers of the first page.
+fn against_two_writers(world: &Arc<World>, remap: impl FnOnce(&World) + 'static) {
+    let remapper = spawn(world, remap);
+    let first = spawn(world, |world| world.write(0, 0, 1));
     world.write(0, 1, 2);
     remapper.join().unwrap();
     first.join().unwrap();
     assert_eq!([world.read(0, 0), world.read(0, 1)], [1, 2]);
     world.check_at_rest();
+}
+
+/// Remapper against two writers of the same page.
+pub fn merge_and_two_writers(kind: Kind) {
+    against_two_writers(&World::new(kind, 1, false), World::merge_and_settle);
 }
 
 /// Remapper against one writer who writes twice, and a reader of the byte nobody writes.
@@ -517,24 +533,14 @@ pub fn merge_and_reader(kind: Kind) {
 pub fn witnessed_merge_and_two_writers() {
     let world = World::new(Kind::Private, 1, false);
     world.arm(0);
-    let remapper = spawn(&world, |world| {
-        world.merge_before(&mut Watch::of(world), 1, Slot(0));
-    });
-    let first = spawn(&world, |world| world.write(0, 0, 1));
-    world.write(0, 1, 2);
-    remapper.join().unwrap();
-    first.join().unwrap();
-    assert_eq!([world.read(0, 0), world.read(0, 1)], [1, 2]);
-    world.check_at_rest();
+    against_two_writers(&world, World::merge_witnessed);
 }
 
 /// The same against one writer and a scanner, which arms the page for itself.
 pub fn witnessed_merge_and_scanner() {
     let world = World::new(Kind::Private, 1, false);
     world.arm(0);
-    let remapper = spawn(&world, |world| {
-        world.merge_before(&mut Watch::of(world), 1, Slot(0));
-    });
+    let remapper = spawn(&world, World::merge_witnessed);
     let scanner = spawn(&world, |world| world.arm(0));
     world.write(0, 1, 2);
     remapper.join().unwrap();
@@ -547,29 +553,14 @@ pub fn witnessed_merge_and_scanner() {
 pub fn migration_and_two_writers(kind: Kind) {
     let world = World::new(kind, 1, false);
     world.merge_and_settle();
-    let remapper = spawn(&world, |world| {
-        let verdicts = world.merge(1, Slot(1));
-        if verdicts[0] == Verdict::Moved {
-            world.kernel.lock().unwrap().frames[0] = FREED;
-        }
-    });
-    let first = spawn(&world, |world| world.write(0, 0, 1));
-    world.write(0, 1, 2);
-    remapper.join().unwrap();
-    first.join().unwrap();
-    assert_eq!([world.read(0, 0), world.read(0, 1)], [1, 2]);
-    world.check_at_rest();
+    against_two_writers(&world, World::migrate);
 }
 
 /// The same under a reader and somebody who unmerges.
 pub fn migration_and_unmerge(kind: Kind) {
     let world = World::new(kind, 1, false);
     world.merge_and_settle();
-    let remapper = spawn(&world, |world| {
-        if world.merge(1, Slot(1))[0] == Verdict::Moved {
-            world.kernel.lock().unwrap().frames[0] = FREED;
-        }
-    });
+    let remapper = spawn(&world, World::migrate);
     let program = spawn(&world, |world| unmerge(world, world, Span::one(Page(0))).unwrap());
     for _ in 0..2 {
         assert_eq!([world.read(0, 0), world.read(0, 1)], CONTENT);
