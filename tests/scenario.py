@@ -96,8 +96,10 @@ class Engine:
         before: dict[str, int] = {}
         for _ in range(200):
             self.passes()
+            idle = self.is_idle()
+            # Only now: what was on its way when idleness was asked for has arrived.
             now = self.counters()
-            if now == before and self.is_idle():
+            if idle and now == before:
                 return now
             before = now
         raise AssertionError(f"{self.name} does not come to rest: {before}")
@@ -131,7 +133,8 @@ class Ours(Engine):
     def is_idle(self) -> bool:
         # Passes are over sooner than what they found is merged. What was given up counts as a frame of its content until no
         # process can show it any more.
-        return ksmrs.merge(60).pages_merged == 0 and ksmrs.stats().references_in_limbo == 0
+        report = ksmrs.merge(60)
+        return report.finished and report.pages_merged == 0 and ksmrs.stats().references_in_limbo == 0
 
 
 ENGINES = ("kernel", "ksmrs private", "ksmrs shared")

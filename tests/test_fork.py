@@ -852,7 +852,7 @@ def test_children_killed_while_they_are_counted() -> None:
     )
 
 
-def test_what_was_refused_while_a_child_lived_is_given_up_when_it_is_dead(runtime_dir: object) -> None:
+def test_what_is_refused_while_a_child_lives_piles_nothing_up(runtime_dir: object) -> None:
     run("""
         import ctypes
         ksmrs.tunables.advisor_mode = "none"
@@ -867,10 +867,18 @@ def test_what_was_refused_while_a_child_lived_is_given_up_when_it_is_dead(runtim
             if os.getppid() != parent:
                 os._exit(0)
             time.sleep(0.05)
-        # Nothing of the object merges while the child has it: each pass is refused what it proposes.
-        wait_for(lambda: ksmrs.stats().references_in_limbo > 1000, "refusals")
+        # Nothing of the object merges while the child has it, and the child keeps the frames that it shows, and no more.
+        wait_for(lambda: ksmrs.stats().frames == 32 and merged(region) == 0, "the end of what the parent showed")
+        proposals = 0
+        before = ksmrs.stats()
+        while ksmrs.stats().full_scans < before.full_scans + 500:
+            now = ksmrs.stats()
+            proposals = max(proposals, now.frames)
+            assert now.references_in_limbo <= before.references_in_limbo, (before, now)
+            ksmrs.merge(5)
+        assert proposals <= 64, "32 that the child keeps, and 32 for one try"
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        wait_for(lambda: merged(region) == 64, "the merge")
+        wait_for(lambda: merged(region) == 64, "the merge", 40)
         wait_for(lambda: ksmrs.stats().references_in_limbo == 0 and ksmrs.stats().frames == 32, "limbo to end", 30)
     """)

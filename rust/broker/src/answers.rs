@@ -143,6 +143,7 @@ impl Domain {
                     .map(|failure| match failure {
                         Failure::Mappings => RunFailure::MappingLimit,
                         Failure::WouldSplit => RunFailure::WouldSplit,
+                        Failure::NotAlone => RunFailure::NotAlone,
                         _ => RunFailure::Other,
                     }),
                 ..Default::default()

@@ -10,7 +10,7 @@ use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
-use crate::region::ClientId;
+use crate::region::{ClientId, Region};
 use crate::{Core, tunables};
 use std::time::Duration;
 
@@ -64,6 +64,8 @@ pub enum RunFailure {
     MappingLimit,
     /// It would have split a huge page, and `split_huge_pages` is 0.
     WouldSplit,
+    /// Another address space has the memory of its shared region mapped: nothing was tried, and the region rests.
+    NotAlone,
     /// Anything else.
     Other,
 }
@@ -92,10 +94,12 @@ impl Core {
         let epoch = self.raise_epoch(id, epoch);
         let mut observations = observations.iter();
         for &range in &ranges {
-            let region = self.regions.of(range.first).map(|region| region.range);
+            let (now, requested) = (self.now, self.pace.is_requested());
+            let rests = |region: &Region| region.rests(now) && !requested;
+            let region = self.regions.of(range.first).map(|region| (region.range, rests(region)));
             for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
-                if let Some(region) = region {
-                    self.observe(id, region, page, *observation, epoch);
+                if let Some((region, rests)) = region {
+                    self.observe(id, region, page, *observation, epoch, rests);
                 }
             }
         }
@@ -132,7 +136,15 @@ impl Core {
             .any(|order| self.orders.is_overdue(order, self.now));
     }
 
-    fn observe(&mut self, id: ClientId, region: PageRange, page: PageNumber, observation: Observation, epoch: Epoch) {
+    fn observe(
+        &mut self,
+        id: ClientId,
+        region: PageRange,
+        page: PageNumber,
+        observation: Observation,
+        epoch: Epoch,
+        rests: bool,
+    ) {
         self.events.scanned += 1;
         if self.pages.is(page, Mark::Busy) || !self.relocate(id, region, page, observation.seen, epoch, true) {
             return;
@@ -143,7 +155,10 @@ impl Core {
         let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
         self.mark_item(id, page, counts && self.tunables.run != tunables::run::UNMERGE);
         if let Seen::Merged(slot) = observation.seen {
-            return self.follow(id, page, slot);
+            if !rests {
+                self.follow(id, page, slot);
+            }
+            return;
         }
         if !matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_)) {
             return;
@@ -153,7 +168,12 @@ impl Core {
             && self.clients.get(&id).is_some_and(|client| client.is_planned())
             && (!changed || self.pace.is_requested())
         {
-            self.place(id, page, checksum.masked());
+            if rests {
+                // Who knows whether it has an equal: it would not merge with it.
+                self.mark(page, Mark::Unshared, true);
+            } else {
+                self.place(id, page, checksum.masked());
+            }
         }
     }
 
@@ -345,6 +365,9 @@ impl Core {
         for (index, &run) in runs.iter().enumerate() {
             let outcome = outcomes.get(index).copied().unwrap_or_default();
             self.run_mapped(id, run, &outcome, epoch);
+            if let Some(region) = self.regions.of_mut(run.first) {
+                region.answered(self.now, outcome.failure != Some(RunFailure::NotAlone));
+            }
             if outcome.failure == Some(RunFailure::WouldSplit) {
                 self.events.would_split += u64::from(run.pages);
             }
@@ -379,6 +402,10 @@ impl Core {
                 self.events.merges += 1;
                 self.events.cow += 1;
                 self.move_proposed(id, region, page, slot, Place::Covering(slot), epoch);
+            } else if outcome.failure == Some(RunFailure::NotAlone) {
+                // It was not tried, so nobody's clone shows it. To keep it for the next epoch would pile frames up for as long as
+                // the other address space lives.
+                self.rmap.withdraw(slot);
             } else {
                 self.rmap.retire(slot, id, epoch);
             }

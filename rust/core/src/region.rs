@@ -6,6 +6,7 @@
 use crate::page::{PageNumber, PageRange, WINDOW};
 use hashbrown::HashMap;
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// A process with regions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -33,6 +34,10 @@ pub(crate) struct Hint {
     pub extent: u32,
 }
 
+/// How long a region rests at first when its client is not alone with its memory, and at most: with a doubling for each time in
+/// a row that costs a long-lived child's parent next to nothing, and a short-lived child's hardly any merges.
+const REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(16));
+
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
     pub client: ClientId,
@@ -42,6 +47,26 @@ pub(crate) struct Region {
     /// Open orders that name pages of it.
     pub pins: u32,
     pub left: bool,
+    /// Nothing of it is proposed until then, and how long that was from the start.
+    rest: Option<(Duration, Duration)>,
+}
+
+impl Region {
+    /// Whether nothing of it is proposed now, unless a merge is requested.
+    pub(crate) fn rests(&self, now: Duration) -> bool {
+        self.rest.is_some_and(|(until, _)| now < until)
+    }
+
+    /// Its client was asked to map pages of it, and was alone with its memory or was not.
+    pub(crate) fn answered(&mut self, now: Duration, alone: bool) {
+        self.rest = match self.rest {
+            _ if alone => None,
+            // One answer says it for each run that was under way.
+            Some((until, length)) if now < until => Some((until, length)),
+            Some((_, length)) => Some((now + (length * 2).min(REST.1), (length * 2).min(REST.1))),
+            None => Some((now + REST.0, REST.0)),
+        };
+    }
 }
 
 #[derive(Default)]
@@ -81,6 +106,7 @@ impl Regions {
                 hint: None,
                 pins: 0,
                 left: false,
+                rest: None,
             },
         );
         self.by_first.insert(first, id);
@@ -219,6 +245,30 @@ mod tests {
         assert_eq!(first_c, PageNumber(3));
         assert_eq!(regions.of(PageNumber(602)).unwrap().client, ClientId(2));
         assert!(regions.of(PageNumber(603)).is_none());
+    }
+
+    #[test]
+    fn a_region_rests_longer_each_time_that_its_client_is_not_alone() {
+        let mut regions = Regions::default();
+        let (id, _) = regions.join(ClientId(1), Kind::Shared, 10, 0).unwrap();
+        let region = regions.get_mut(id).unwrap();
+        let mut now = Duration::from_secs(1);
+        let mut rests = Vec::new();
+        for _ in 0..9 {
+            region.answered(now, false);
+            region.answered(now, false);
+            let since = now;
+            while region.rests(now) {
+                now += Duration::from_millis(50);
+            }
+            rests.push((now - since).as_millis());
+        }
+        assert_eq!(rests, [250, 500, 1000, 2000, 4000, 8000, 16_000, 16_000, 16_000]);
+        region.answered(now, false);
+        region.answered(now, true);
+        assert!(!region.rests(now), "alone again");
+        region.answered(now, false);
+        assert!(!region.rests(now + REST.0), "and afterwards as if for the first time");
     }
 
     #[test]

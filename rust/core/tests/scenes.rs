@@ -329,6 +329,48 @@ fn a_client_at_its_mapping_limit_is_left_alone_until_the_next_pass() {
 }
 
 #[test]
+fn what_is_refused_while_a_stranger_has_the_memory_piles_nothing_up() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    let id = world.join_client(false);
+    world.join_region(id, Kind::Shared, WINDOW, 0, |i| 10 + i / 2);
+    world.core.set("smart_scan", "0").unwrap();
+    world.accompany(id, true);
+    let passes = 1000;
+    while world.core.stats().full_scans < passes {
+        world.settle();
+        world.now += Duration::from_millis(20);
+        let stats = world.core.stats();
+        assert_eq!((stats.pages_shared, stats.frames, stats.references_in_limbo), (0, 0, 0));
+    }
+    // Asked after 0, 0.25, 0.75 ... seconds: 20 s of passes are seven tries, each with two runs for a pair of pages at most.
+    assert!(
+        (1..=7 * WINDOW as usize).contains(&world.runs.len()),
+        "{} runs",
+        world.runs.len()
+    );
+    assert_eq!(world.core.stats().pages_unshared, u64::from(WINDOW), "they rest");
+    assert_eq!(world.merge().merged, 0, "on request it is tried, and refused");
+    assert_eq!(
+        (world.core.stats().frames, world.core.stats().references_in_limbo),
+        (0, 0)
+    );
+    world.accompany(id, false);
+    world.now += Duration::from_secs(16);
+    for _ in 0..3 {
+        world.settle();
+        world.now += Duration::from_millis(20);
+    }
+    assert_eq!(
+        world.core.stats().pages_sharing,
+        u64::from(WINDOW / 2),
+        "nobody else has it any more"
+    );
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
 fn run_2_unmerges_everything_and_run_1_merges_again() {
     let (mut world, _) = clients(2, 2 * WINDOW, |_, i| 10 + i / 2);
     world.merge();

@@ -146,7 +146,7 @@ impl Desk {
                 {
                     RunOutcome {
                         merged: Bits::None,
-                        failure: Some(Failure::NotNow),
+                        failure: Some(Failure::NotAlone),
                     }
                 }
                 Some((region, span)) if !has_room && !region.shows_frames(span, number) => RunOutcome {
@@ -181,8 +181,9 @@ impl Desk {
             mapped.outcomes.push(outcome);
         }
         self.settle(&unsettled, runs, forks, objects, &mut mapped.outcomes);
-        // What was not done at all, or taken back, gives its proposals up.
-        mapped.gave_up |= mapped.outcomes.iter().any(|outcome| outcome.failure.is_some());
+        // What failed on the way, or was taken back, gives its proposals up; what was not tried has nothing to give up.
+        let tried = |outcome: &RunOutcome| !matches!(outcome.failure, None | Some(Failure::NotAlone));
+        mapped.gave_up |= mapped.outcomes.iter().any(tried);
         mapped
     }
 

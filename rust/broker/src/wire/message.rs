@@ -120,8 +120,10 @@ pub enum Failure {
     Memory,
     /// The pages' region is leaving or gone.
     Gone,
-    /// The client is giving up its merging, for instance within a fork.
+    /// The client is giving up its merging, for instance within a fork; some pages may have shown their frames for a moment.
     NotNow,
+    /// Another address space has the memory of a shared region mapped: nothing was tried.
+    NotAlone,
     /// It would have split a huge page, which the order did not allow.
     WouldSplit,
     /// Any other errno.

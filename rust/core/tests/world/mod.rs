@@ -10,7 +10,7 @@ mod orders;
 
 use ksmrs_core::{
     Checksum, ClientId, Core, Decision, Epoch, Kind, MergeTicket, Next, Observation, OrderId, PageNumber, PageRange,
-    RegionId, Run, RunOutcome, Seen, Slot,
+    RegionId, Run, RunFailure, RunOutcome, Seen, Slot,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -66,6 +66,8 @@ enum Report {
     },
     Map {
         runs: Vec<Run>,
+        /// Runs of shared regions were not tried.
+        alone: bool,
     },
     Unmap {
         ranges: Vec<PageRange>,
@@ -94,6 +96,15 @@ struct Process {
     stopped: bool,
     dead: bool,
     lies: bool,
+    /// Another address space has its shared regions mapped.
+    accompanied: bool,
+}
+
+impl Process {
+    fn is_shared(&self, number: u32) -> bool {
+        let shared = |area: &Area| area.kind == Kind::Shared && within(area.range, number);
+        self.areas.values().any(shared)
+    }
 }
 
 /// What a forked child still shows, and the epoch of its fork.
@@ -328,6 +339,10 @@ impl World {
         self.process(id).stopped = stopped;
     }
 
+    pub fn accompany(&mut self, id: ClientId, accompanied: bool) {
+        self.process(id).accompanied = accompanied;
+    }
+
     pub fn die(&mut self, id: ClientId) {
         let process = self.process(id);
         if process.dead {
@@ -354,7 +369,7 @@ impl World {
                 );
             }
             for open in &process.open {
-                if let Report::Map { runs } = &open.report {
+                if let Report::Map { runs, .. } = &open.report {
                     let proposed = runs
                         .iter()
                         .flat_map(|run| run.iter())
@@ -436,7 +451,7 @@ impl World {
 
     pub fn wake_everybody(&mut self) {
         for process in self.processes.values_mut() {
-            process.stopped = false;
+            (process.stopped, process.accompanied) = (false, false);
         }
     }
 

@@ -58,7 +58,7 @@ impl World {
             Decision::Map { client, order, runs } => {
                 self.runs.extend(&runs);
                 assert!(runs.len() <= 2048 && runs.iter().all(|run| (1..=512).contains(&run.pages)));
-                (client, order, Report::Map { runs })
+                (client, order, Report::Map { runs, alone: true })
             }
             Decision::Unmap {
                 client, order, ranges, ..
@@ -88,15 +88,16 @@ impl World {
         if process.stopped || count == 0 || process.open[n % count].done {
             return;
         }
-        let Process { pages, open, areas, .. } = process;
-        let shared = |number: u32| {
-            areas
-                .values()
-                .any(|area| area.kind == Kind::Shared && within(area.range, number))
-        };
-        let open = &mut open[n % count];
-        open.done = true;
-        match &mut open.report {
+        let mut order = process.open[n % count].clone();
+        order.done = true;
+        let shared: BTreeSet<u32> = process
+            .pages
+            .keys()
+            .copied()
+            .filter(|&page| process.is_shared(page))
+            .collect();
+        let Process { pages, accompanied, .. } = &mut *process;
+        match &mut order.report {
             Report::Scan { ranges, pass } => {
                 for number in numbers(ranges) {
                     let Some(page) = pages.get_mut(&number) else { continue };
@@ -115,9 +116,13 @@ impl World {
                 let copy = |page: &PageNumber| pages.get(&page.0).and_then(|page| page.own).filter(|_| !refuses);
                 *copies = wanted.iter().map(copy).collect();
             }
-            Report::Map { runs } => {
+            Report::Map { runs, alone } => {
+                *alone = !*accompanied;
                 for (number, slot) in runs.iter().flat_map(|run| run.iter()) {
-                    let Some(page) = pages.get_mut(&number.0) else { continue };
+                    let tried = *alone || !shared.contains(&number.0);
+                    let Some(page) = pages.get_mut(&number.0).filter(|_| tried) else {
+                        continue;
+                    };
                     let content = if slot == Slot::ZERO {
                         Some(0)
                     } else {
@@ -145,13 +150,14 @@ impl World {
                     };
                     page.own = Some(page.must);
                     page.word = match page.word {
-                        Word::Merged(slot) if !shared(number) => Word::Broken(slot),
+                        Word::Merged(slot) if !shared.contains(&number) => Word::Broken(slot),
                         Word::Merged(_) | Word::Zero => Word::Private,
                         word => word,
                     };
                 }
             }
         }
+        process.open[n % count] = order;
     }
 
     /// A report arrives; the broker reads the words only now.
@@ -172,8 +178,8 @@ impl World {
                 self.core.scanned(order, epoch, &seen, self.now);
             }
             Report::Stage { copies, .. } => self.fill(order, &copies),
-            Report::Map { runs } => {
-                let outcomes: Vec<RunOutcome> = runs.iter().map(|run| self.outcome(id, *run)).collect();
+            Report::Map { runs, alone } => {
+                let outcomes: Vec<RunOutcome> = runs.iter().map(|run| self.outcome(id, *run, alone)).collect();
                 self.core.mapped(order, epoch, &outcomes);
             }
             Report::Unmap { ranges } => {
@@ -218,8 +224,12 @@ impl World {
         Observation { seen, checksum }
     }
 
-    fn outcome(&mut self, id: ClientId, run: Run) -> RunOutcome {
-        let mut outcome = RunOutcome::default();
+    fn outcome(&mut self, id: ClientId, run: Run, alone: bool) -> RunOutcome {
+        let refused = !alone && self.process(id).is_shared(run.first.0);
+        let mut outcome = RunOutcome {
+            failure: refused.then_some(RunFailure::NotAlone),
+            ..RunOutcome::default()
+        };
         for (i, (number, slot)) in run.iter().enumerate() {
             let lie = self.process(id).lies && self.roll(3) == 0;
             let Some(page) = self.process(id).pages.get(&number.0) else {

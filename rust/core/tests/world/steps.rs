@@ -60,6 +60,11 @@ pub enum Step {
         client: usize,
         stopped: bool,
     },
+    /// Another address space maps the client's shared regions, or does no more.
+    Accompany {
+        client: usize,
+        accompanied: bool,
+    },
     Die {
         client: usize,
     },
@@ -95,6 +100,7 @@ pub fn step() -> impl Strategy<Value = Step> {
         5 => client().prop_map(|client| Step::Turn { client }),
         5 => client().prop_map(|client| Step::Seal { client }),
         3 => (client(), any::<bool>()).prop_map(|(client, stopped)| Step::Stop { client, stopped }),
+        2 => (client(), any::<bool>()).prop_map(|(client, accompanied)| Step::Accompany { client, accompanied }),
         1 => client().prop_map(|client| Step::Die { client }),
         6 => prop_oneof![Just(20), Just(20), Just(6000)].prop_map(|millis| Step::Pass { millis }),
         2 => prop_oneof![
@@ -142,6 +148,9 @@ pub fn apply(world: &mut World, step: &Step) {
         Step::Turn { client } => with(world, client, &World::turn),
         Step::Seal { client } => with(world, client, &World::seal),
         Step::Stop { client, stopped } => with(world, client, &|world, id| world.stop(id, stopped)),
+        Step::Accompany { client, accompanied } => {
+            with(world, client, &|world, id| world.accompany(id, accompanied));
+        }
         Step::Die { client } => with(world, client, &World::die),
         Step::Pass { millis } => world.now += Duration::from_millis(millis),
         Step::Set { knob, value } => {
