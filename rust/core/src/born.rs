@@ -8,11 +8,12 @@
 
 use crate::Core;
 use crate::answer::Seen;
-use crate::frame::{Life, Slot};
+use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::member::CoreError;
 use crate::mutant::{self, Mutant};
 use crate::page::{PageNumber, PageRange, Place};
+use crate::record::Life;
 use crate::region::{ClientId, Kind, RegionId};
 use crate::rmap::Rmap;
 
@@ -79,13 +80,13 @@ impl Rmap {
             return place == Place::Zero;
         };
         self.frames.find(slot).is_some_and(|frame| {
-            let fits = match (place, frame.life) {
+            let fits = match (place, frame.life()) {
                 (Place::Merged(_), Life::Filled | Life::Moved | Life::Stale) => true,
                 // Its memory may be gone already, but the slot is somebody's.
                 (Place::Covering(_), Life::Filled | Life::Moved | Life::Stale | Life::Doomed | Life::Punched) => true,
                 _ => false,
             };
-            fits && frame.references() < REFERENCES_AT_MOST
+            fits && self.frames.references(slot, frame) < REFERENCES_AT_MOST
         })
     }
 }
@@ -152,7 +153,7 @@ mod tests {
         ];
         let birth = core.region_born(CHILD, &lies, 0).unwrap();
         assert_eq!(birth.uncounted as usize, lies.len());
-        assert_eq!(core.rmap.frames.get(filling).references(), 0);
+        assert_eq!(core.rmap.frames.references(filling, core.rmap.frames.get(filling)), 0);
         core.client_gone(CHILD);
         assert_eq!((core.rmap.next_punch(), core.stats().frames), (None, 1));
     }

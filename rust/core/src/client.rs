@@ -8,7 +8,7 @@ use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::order::OrderId;
 use crate::page::PageNumber;
-use crate::region::RegionId;
+use crate::region::{ClientId, RegionId};
 
 /// Where the scan, or run=2, goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,6 +17,11 @@ pub(crate) struct Cursor {
     pub region: usize,
     /// Pages of it that are done.
     pub pages: u32,
+}
+
+/// What an entry of a B-tree takes, whose nodes are three quarters full on the average of their fillings.
+pub(crate) const fn in_tree<T>() -> usize {
+    size_of::<T>() * 4 / 3
 }
 
 #[derive(Default)]
@@ -64,6 +69,14 @@ impl Client {
     /// Whether anything is planned for it.
     pub(crate) fn is_planned(&self) -> bool {
         !self.stalled && !self.lost
+    }
+
+    /// Bytes spent on it.
+    pub(crate) fn bytes(&self) -> usize {
+        let lists = self.regions.capacity() * size_of::<RegionId>()
+            + self.maps.capacity() * size_of::<(PageNumber, Slot)>()
+            + self.stages.capacity() * size_of::<(PageNumber, FoundingId)>();
+        in_tree::<(ClientId, Client)>() + lists
     }
 
     /// VMAs that merging may still add.

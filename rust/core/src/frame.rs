@@ -1,12 +1,14 @@
 //! Frames: the slots of the store, and which of them are taken.
 //!
 //! A slot is taken at the position modulo 512 of the page it first serves, neighbours in neighbouring slots, so that
-//! merges leave as runs and whole windows become huge frames. Fourteen bytes per slot are kept, in extents of 512, and only
-//! for extents in use. Relies on `rmap.rs` for who needs a frame; never decides by itself that one is free.
+//! merges leave as runs and whole windows become huge frames. A record of eleven bytes (`record.rs`) per slot is kept, in extents of
+//! 512, and only for extents in use. Relies on `rmap.rs` for who needs a frame; never decides by itself that one is free.
 
 use crate::checksum::Checksum;
 use crate::page::WINDOW;
+use crate::record::{CROWDED, Frame, Life};
 use crate::region::Hint;
+use hashbrown::HashMap;
 use std::collections::BTreeSet;
 
 /// A page of a domain's frame store.
@@ -39,71 +41,6 @@ impl std::fmt::Debug for Slot {
         } else {
             write!(f, "Slot({})", self.0)
         }
-    }
-}
-
-/// Where a slot is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Life {
-    /// Nobody's.
-    Free,
-    /// Being filled; no client knows of it.
-    Filling,
-    /// Holds a content and never changes it.
-    Filled,
-    /// The same, but another slot has the content now: nobody is sent here any more, and whoever is here follows.
-    Moved,
-    /// The same, but no page shows it any more, and so its content is nobody's: it waits for those who may be on their way here, and
-    /// for children whom nobody knows. As where the kernel finds a stable node stale.
-    Stale,
-    /// Its memory is about to be given back; no client shows it.
-    Doomed,
-    /// Its memory was given back, but pages still lie over it.
-    Punched,
-}
-
-#[derive(Clone, Copy)]
-pub(crate) struct Frame {
-    checksum: [u16; 3],
-    /// Pages that show it.
-    pub shown: u16,
-    /// Proposals unanswered, detached pages, and what was given up but may still be shown (limbo).
-    pub held: u16,
-    /// Pages with memory of their own inside a mapping of it.
-    pub covered: u16,
-    pub life: Life,
-    /// One of several frames of its content.
-    pub dup: bool,
-}
-
-impl Frame {
-    const FREE: Frame = Frame {
-        checksum: [0; 3],
-        shown: 0,
-        held: 0,
-        covered: 0,
-        life: Life::Free,
-        dup: false,
-    };
-
-    pub(crate) fn checksum(&self) -> Checksum {
-        let [low, middle, high] = self.checksum;
-        Checksum(u64::from(high) << 32 | u64::from(middle) << 16 | u64::from(low))
-    }
-
-    fn set_checksum(&mut self, checksum: Checksum) {
-        self.checksum = [checksum.0 as u16, (checksum.0 >> 16) as u16, (checksum.0 >> 32) as u16];
-    }
-
-    /// What `max_page_sharing` limits: pages that show it, and those on their way to it or from it. Not those that were written and
-    /// only lie over its slot still, for as long as their mappings stay.
-    pub(crate) fn sharing(&self) -> u32 {
-        u32::from(self.shown) + u32::from(self.held)
-    }
-
-    /// Everything that refers to it. Nobody is sent to a frame with `MOST_SHARING`, which keeps the counts within 16 bits.
-    pub(crate) fn references(&self) -> u32 {
-        u32::from(self.shown) + u32::from(self.held) + u32::from(self.covered)
     }
 }
 
@@ -153,6 +90,8 @@ pub(crate) struct Frames {
     partial: BTreeSet<u32>,
     /// Where the search through `partial` goes on.
     next_partial: u32,
+    /// How many pages lie over slots with more of them than a record can say.
+    crowded: HashMap<Slot, u32>,
     pub filled: u32,
     pub huge: u32,
 }
@@ -172,6 +111,7 @@ impl Frames {
             whole: BTreeSet::new(),
             partial: BTreeSet::new(),
             next_partial: 0,
+            crowded: HashMap::new(),
             filled: 0,
             huge: 0,
         }
@@ -196,6 +136,35 @@ impl Frames {
     pub(crate) fn get_mut(&mut self, slot: Slot) -> &mut Frame {
         let extent = self.extents[slot.extent() as usize].as_mut();
         extent.expect("a slot in use has an extent").frame_mut(slot)
+    }
+
+    /// Pages with memory of their own inside a mapping of it.
+    fn covered(&self, slot: Slot, frame: &Frame) -> u32 {
+        match frame.covered() {
+            CROWDED => self.crowded.get(&slot).copied().unwrap_or(CROWDED),
+            few => few,
+        }
+    }
+
+    /// One more, or one less, page lies over the slot.
+    pub(crate) fn cover(&mut self, slot: Slot, on: bool) {
+        let before = self.covered(slot, self.get(slot));
+        let now = if on { before + 1 } else { before - 1 };
+        self.get_mut(slot).set_covered(now.min(CROWDED));
+        if now > CROWDED {
+            self.crowded.insert(slot, now);
+        } else if before > CROWDED {
+            self.crowded.remove(&slot);
+            if self.crowded.is_empty() {
+                self.crowded = HashMap::new();
+            }
+        }
+    }
+
+    /// Everything that refers to a slot, whose record this is. Nobody is sent to a frame with `MOST_SHARING`, which keeps the counts
+    /// within their bits.
+    pub(crate) fn references(&self, slot: Slot, frame: &Frame) -> u32 {
+        frame.sharing() + self.covered(slot, frame)
     }
 
     /// Takes a slot for each page of one window, positions ascending; all in one extent at these very positions if the store
@@ -286,10 +255,9 @@ impl Frames {
             .as_mut()
             .expect("an extent with room is in use");
         extent.free[position as usize / 64] &= !(1 << (position % 64));
-        *extent.frame_mut(Slot(u32::from(position))) = Frame {
-            life: Life::Filling,
-            ..Frame::FREE
-        };
+        let frame = extent.frame_mut(Slot(u32::from(position)));
+        *frame = Frame::FREE;
+        frame.set_life(Life::Filling);
         extent.free_count -= 1;
         if extent.free_count == 0 {
             self.partial.remove(&number);
@@ -338,8 +306,8 @@ impl Frames {
     /// The frame has its content.
     pub(crate) fn fill(&mut self, slot: Slot, checksum: Checksum) {
         let frame = self.get_mut(slot);
-        debug_assert_eq!(frame.life, Life::Filling);
-        frame.life = Life::Filled;
+        debug_assert_eq!(frame.life(), Life::Filling);
+        frame.set_life(Life::Filled);
         frame.set_checksum(checksum);
         self.filled += 1;
     }
@@ -347,9 +315,9 @@ impl Frames {
     /// The frame's memory is to be given back.
     pub(crate) fn doom(&mut self, slot: Slot) {
         let frame = self.get_mut(slot);
-        let was_filled = matches!(frame.life, Life::Filled | Life::Moved | Life::Stale);
-        debug_assert!(was_filled || frame.life == Life::Filling);
-        frame.life = Life::Doomed;
+        let was_filled = matches!(frame.life(), Life::Filled | Life::Moved | Life::Stale);
+        debug_assert!(was_filled || frame.life() == Life::Filling);
+        frame.set_life(Life::Doomed);
         self.filled -= u32::from(was_filled);
         let extent = self.extents[slot.extent() as usize]
             .as_mut()
@@ -365,7 +333,7 @@ impl Frames {
             return;
         };
         let position = (slot.0 % WINDOW) as usize;
-        debug_assert_eq!(extent.frame(slot).references(), 0);
+        debug_assert!(!extent.frame(slot).is_wanted() && extent.frame(slot).covered() == 0);
         debug_assert_eq!(
             extent.free[position / 64] >> (position % 64) & 1,
             0,
@@ -397,6 +365,7 @@ impl Frames {
 
     pub(crate) fn bytes(&self) -> usize {
         self.extents.capacity() * size_of::<Option<Box<Extent>>>()
+            + self.crowded.allocation_size()
             + self
                 .extents
                 .iter()
@@ -415,8 +384,20 @@ mod tests {
     }
 
     #[test]
-    fn a_frame_is_fourteen_bytes() {
-        assert_eq!(size_of::<Frame>(), 14);
+    fn many_pages_may_lie_over_a_slot() {
+        let mut frames = Frames::new(4 * WINDOW);
+        let slot = frames.take(&mut None, 0, &[3])[0].unwrap();
+        for pages in 1..=30_000 {
+            frames.cover(slot, true);
+            assert_eq!(frames.references(slot, frames.get(slot)), pages);
+        }
+        for pages in (0..30_000).rev() {
+            frames.cover(slot, false);
+            assert_eq!(frames.references(slot, frames.get(slot)), pages);
+        }
+        assert!(frames.crowded.is_empty());
+        frames.free(slot);
+        assert_eq!(frames.taken(), 0);
     }
 
     #[test]

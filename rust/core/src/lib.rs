@@ -4,7 +4,7 @@
 //! pages have these checksums; this page was broken; the merge of this run was accepted for these pages) and asks for
 //! [`Next`]; time comes in as the duration since the driver began. It is one domain; nothing crosses domains.
 //!
-//! Modules in the order in which data travels: `page` and `region` number what clients have, `frame`, `rmap` and `limbo`
+//! Modules in the order in which data travels: `page` and `region` number what clients have, `record`, `frame`, `rmap` and `limbo`
 //! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `plan` and
 //! `pace` (with `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
@@ -26,6 +26,7 @@ mod order;
 mod pace;
 mod page;
 mod plan;
+mod record;
 mod region;
 mod rmap;
 mod scan;
@@ -246,11 +247,13 @@ impl Core {
         }
     }
 
-    /// Bytes that core spends on pages, frames and trees at this moment; the page tables of the clients are not its own.
+    /// Bytes that core spends on clients, pages, frames and trees at this moment; the page tables of the clients are not its own.
     pub fn metadata_bytes(&self) -> usize {
         let Rmap { frames, stable, .. } = &self.rmap;
         let trees = stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
-        self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
+        let clients: usize = self.clients.values().map(Client::bytes).sum();
+        let members = clients + self.regions.bytes();
+        members + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
     }
 
     /// Slots of the store that cannot be taken now: filled, being filled, or covered by a page.

@@ -11,9 +11,10 @@
 
 use crate::Core;
 use crate::checksum::Checksum;
-use crate::frame::{Life, Slot};
+use crate::frame::Slot;
 use crate::order::Decision;
 use crate::page::{Mark, PageNumber, PageRange, Pages, Place, WINDOW};
+use crate::record::Life;
 use crate::region::ClientId;
 use crate::tunables::run;
 use hashbrown::{HashMap, HashSet};
@@ -190,7 +191,7 @@ impl Core {
             if migration.chosen.contains(&piece) || self.regions.of(first).is_none() || expected > MOST_GATHERED {
                 continue;
             }
-            let shown = |slot| usize::from(self.rmap.frames.get(slot).shown);
+            let shown = |slot| self.rmap.frames.get(slot).shown() as usize;
             let frames: Vec<(PageNumber, Slot)> = shown_in(&self.pages, piece).collect();
             let all: usize = frames.iter().map(|&(_, slot)| shown(slot)).sum();
             // Of a piece that is too much for one step a part: from its first rift on, with the page before, which the others may join.
@@ -279,8 +280,8 @@ impl Core {
         let Some(pages) = self.migration.shown_by.get(&slot) else {
             return false;
         };
-        frame.life == Life::Filled
-            && pages.len() == usize::from(frame.shown)
+        frame.life() == Life::Filled
+            && pages.len() == frame.shown() as usize
             && pages.iter().all(|&page| {
                 let region = self.regions.of(page);
                 let client = region.and_then(|region| self.clients.get(&region.client));
@@ -390,7 +391,7 @@ impl Core {
     pub(crate) fn follow(&mut self, id: ClientId, page: PageNumber, slot: Slot) {
         let frame = self.rmap.frames.get(slot);
         let planned = self.clients.get(&id).is_some_and(|client| client.is_planned());
-        if frame.life != Life::Moved || !planned || self.tunables.run == run::UNMERGE {
+        if frame.life() != Life::Moved || !planned || self.tunables.run == run::UNMERGE {
             return;
         }
         let (checksum, most) = (frame.checksum(), self.tunables.max_page_sharing);

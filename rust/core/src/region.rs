@@ -3,6 +3,7 @@
 //! Hands out ranges of page numbers so that `number % 512` is the page's position in its 2 MiB window, and takes a range back
 //! only when its region left *and* no open order names a page of it any more. Relies on nothing; never looks at a page.
 
+use crate::client::in_tree;
 use crate::page::{PageNumber, PageRange, WINDOW};
 use hashbrown::HashMap;
 use std::collections::BTreeMap;
@@ -156,6 +157,12 @@ impl Regions {
             length += pages;
         }
         self.free.insert(first, length);
+    }
+
+    /// Bytes spent on regions, not on their pages.
+    pub(crate) fn bytes(&self) -> usize {
+        let numbers = self.by_first.len() + self.free.len();
+        self.all.allocation_size() + numbers * in_tree::<(u32, RegionId)>()
     }
 
     pub(crate) fn get(&self, id: RegionId) -> Option<&Region> {

@@ -9,10 +9,11 @@
 //! of reference; *which* pages show a frame is asked only where frames move, and found by a pass (`migrate.rs`). Every reference
 //! that ends goes through limbo, unless its whole client is gone. Relies on `frame.rs`, `stable.rs`, `limbo.rs`; never frees what a count still refers to.
 
-use crate::frame::{Frames, Life, Slot};
+use crate::frame::{Frames, Slot};
 use crate::limbo::{Epoch, Limbo};
 use crate::mutant::{self, Mutant};
 use crate::page::Place;
+use crate::record::Life;
 use crate::region::ClientId;
 use crate::stable::StableTree;
 
@@ -45,14 +46,14 @@ impl Rmap {
     /// A page is to be asked to show the frame: it stays until the answer.
     pub(crate) fn propose(&mut self, slot: Slot) {
         if slot != Slot::ZERO {
-            self.frames.get_mut(slot).held += 1;
+            self.frames.get_mut(slot).hold();
         }
     }
 
     /// A proposal that never left, or whose page now shows or covers the frame by itself.
     pub(crate) fn withdraw(&mut self, slot: Slot) {
         if slot != Slot::ZERO {
-            self.frames.get_mut(slot).held -= 1;
+            self.frames.get_mut(slot).let_go();
             self.settle(slot);
         }
     }
@@ -74,15 +75,15 @@ impl Rmap {
             Place::Own | Place::Zero => {}
             Place::Merged(slot) => {
                 let frame = self.frames.get_mut(slot);
-                frame.shown += 1;
-                self.shared += u32::from(frame.shown == 1);
+                frame.set_shown(frame.shown() + 1);
+                self.shared += u32::from(frame.shown() == 1);
                 self.merged += 1;
-                if frame.life == Life::Stale {
+                if frame.life() == Life::Stale {
                     self.reinstate(slot);
                 }
             }
-            Place::Covering(slot) => self.frames.get_mut(slot).covered += 1,
-            Place::Detached(slot) => self.frames.get_mut(slot).held += 1,
+            Place::Covering(slot) => self.frames.cover(slot, true),
+            Place::Detached(slot) => self.frames.get_mut(slot).hold(),
         }
     }
 
@@ -91,7 +92,7 @@ impl Rmap {
         if let Some(slot) = place.slot()
             && !mutant::active(Mutant::FrameFreedEarly)
         {
-            self.frames.get_mut(slot).held += 1;
+            self.frames.get_mut(slot).hold();
             self.limbo.keep(client, epoch, slot);
         }
         self.vanish(place);
@@ -103,16 +104,16 @@ impl Rmap {
         let frame = self.frames.get_mut(slot);
         match place {
             Place::Merged(_) => {
-                frame.shown -= 1;
-                self.shared -= u32::from(frame.shown == 0);
+                frame.set_shown(frame.shown() - 1);
+                self.shared -= u32::from(frame.shown() == 0);
                 self.merged -= 1;
-                if frame.shown == 0 && frame.life == Life::Filled {
-                    frame.life = Life::Stale;
+                if frame.shown() == 0 && frame.life() == Life::Filled {
+                    frame.set_life(Life::Stale);
                     self.stable.remove(&mut self.frames, slot);
                 }
             }
-            Place::Covering(_) => frame.covered -= 1,
-            _ => frame.held -= 1,
+            Place::Covering(_) => self.frames.cover(slot, false),
+            _ => frame.let_go(),
         }
         self.settle(slot);
     }
@@ -137,14 +138,14 @@ impl Rmap {
 
     fn settle(&mut self, slot: Slot) {
         let frame = self.frames.get(slot);
-        match frame.life {
-            Life::Filled if frame.shown == 0 && frame.held == 0 => {
+        match frame.life() {
+            Life::Filled if !frame.is_wanted() => {
                 self.stable.remove(&mut self.frames, slot);
                 self.doom(slot);
             }
             Life::Filled => self.stable.has_room(&self.frames, slot),
-            Life::Moved | Life::Stale if frame.shown == 0 && frame.held == 0 => self.doom(slot),
-            Life::Punched if frame.references() == 0 => self.frames.free(slot),
+            Life::Moved | Life::Stale if !frame.is_wanted() => self.doom(slot),
+            Life::Punched if self.frames.references(slot, frame) == 0 => self.frames.free(slot),
             _ => {}
         }
     }
@@ -159,7 +160,7 @@ impl Rmap {
     pub(crate) fn replace(&mut self, from: Slot, to: Slot) {
         let checksum = self.frames.get(from).checksum();
         self.stable.remove(&mut self.frames, from);
-        self.frames.get_mut(from).life = Life::Moved;
+        self.frames.get_mut(from).set_life(Life::Moved);
         self.frames.fill(to, checksum);
         self.stable.insert(&mut self.frames, to);
         if mutant::active(Mutant::MovedFrameFreed) {
@@ -169,7 +170,7 @@ impl Rmap {
 
     /// A frame is its content's again: the one that it moved to is gone, or it is shown again.
     pub(crate) fn reinstate(&mut self, slot: Slot) {
-        self.frames.get_mut(slot).life = Life::Filled;
+        self.frames.get_mut(slot).set_life(Life::Filled);
         self.stable.insert(&mut self.frames, slot);
     }
 
@@ -186,7 +187,7 @@ impl Rmap {
         }
         for i in 0..slots {
             let slot = first.stepped(i);
-            self.frames.get_mut(slot).life = Life::Punched;
+            self.frames.get_mut(slot).set_life(Life::Punched);
             self.settle(slot);
         }
         Some((first, slots))

@@ -25,7 +25,7 @@ impl StableTree {
     pub(crate) fn find(&mut self, frames: &Frames, checksum: Checksum, max_page_sharing: u32) -> Option<Slot> {
         let has_room = |slot: Slot| {
             let frame = frames.get(slot);
-            frame.sharing() < max_page_sharing && frame.references() < MOST_SHARING
+            frame.sharing() < max_page_sharing && frames.references(slot, frame) < MOST_SHARING
         };
         let listed = self.listed(frames, checksum)?;
         if has_room(listed) {
@@ -70,18 +70,18 @@ impl StableTree {
         if dups.is_empty() {
             dups.push(other);
             self.dups += 1;
-            frames.get_mut(other).dup = true;
+            frames.get_mut(other).set_dup(true);
         }
         dups.push(slot);
         self.dups += 1;
-        frames.get_mut(slot).dup = true;
+        frames.get_mut(slot).set_dup(true);
         self.list(frames, checksum, slot);
     }
 
     /// A dup has room again: the next page of its content goes there.
     pub(crate) fn has_room(&mut self, frames: &Frames, slot: Slot) {
         let frame = frames.get(slot);
-        if frame.dup {
+        if frame.is_dup() {
             self.list(frames, frame.checksum(), slot);
         }
     }
@@ -89,13 +89,13 @@ impl StableTree {
     /// Takes a frame out; the last dup of a chain is an ordinary node again.
     pub(crate) fn remove(&mut self, frames: &mut Frames, slot: Slot) {
         let checksum = frames.get(slot).checksum();
-        if let Some(dups) = self.chains.get_mut(&checksum).filter(|_| frames.get(slot).dup) {
+        if let Some(dups) = self.chains.get_mut(&checksum).filter(|_| frames.get(slot).is_dup()) {
             dups.retain(|&dup| dup != slot);
             self.dups -= 1;
-            frames.get_mut(slot).dup = false;
+            frames.get_mut(slot).set_dup(false);
             let heir = dups[0];
             if dups.len() == 1 {
-                frames.get_mut(heir).dup = false;
+                frames.get_mut(heir).set_dup(false);
                 self.dups -= 1;
                 self.chains.remove(&checksum);
             }
@@ -144,30 +144,36 @@ mod tests {
         let a = filled(&mut frames, &mut tree, 1, 5)[0];
         assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
         assert_eq!(tree.find(&frames, Checksum(6), 2), None);
-        frames.get_mut(a).shown = 2;
+        frames.get_mut(a).set_shown(2);
         assert_eq!(tree.find(&frames, Checksum(5), 2), None);
         let b = filled(&mut frames, &mut tree, 2, 5)[1];
         assert_eq!((tree.chains(), tree.dups()), (1, 3));
         assert!(tree.find(&frames, Checksum(5), 2).is_some_and(|slot| slot != a));
         tree.remove(&mut frames, b);
         let c = tree.find(&frames, Checksum(5), 2).unwrap();
-        frames.get_mut(c).shown = 2;
+        frames.get_mut(c).set_shown(2);
         assert_eq!(tree.find(&frames, Checksum(5), 2), None);
-        frames.get_mut(a).shown = 1;
+        frames.get_mut(a).set_shown(1);
         tree.has_room(&frames, a);
         assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
-        frames.get_mut(a).covered = 100;
+        for _ in 0..100 {
+            frames.cover(a, true);
+        }
         assert_eq!(
             tree.find(&frames, Checksum(5), 2),
             Some(a),
             "what was written only lies over it"
         );
-        frames.get_mut(a).covered = MOST_SHARING as u16;
+        for _ in 100..MOST_SHARING {
+            frames.cover(a, true);
+        }
         assert_eq!(tree.find(&frames, Checksum(5), 2), None);
-        frames.get_mut(a).covered = 0;
+        for _ in 0..MOST_SHARING {
+            frames.cover(a, false);
+        }
         tree.remove(&mut frames, a);
         assert_eq!((tree.chains(), tree.dups()), (0, 0));
-        frames.get_mut(c).shown = 0;
+        frames.get_mut(c).set_shown(0);
         assert_eq!(tree.find(&frames, Checksum(5), 2), Some(c));
         tree.remove(&mut frames, c);
         assert_eq!(tree.find(&frames, Checksum(5), 2), None);

@@ -1,8 +1,10 @@
 //! A hash table of 32-bit numbers in parts that grow on their own.
 //!
 //! One table of a hundred million entries moves all of them when it grows, and everybody who waits for the broker waits for that:
-//! seconds. A part moves a 256th of them. The keys lie elsewhere (in a page's or a frame's record), so an entry is four bytes and a
-//! control byte. Relies on hashes whose bits 40 to 47 are as good as the others; never looks at a key itself.
+//! seconds. A part moves a 256th of them. And since the last part is twice as large as the first and the others lie between, they
+//! double one after the other: however many entries there are, the parts together are filled to two thirds, where a table that doubles
+//! as a whole is half empty at the worst moment. The keys lie elsewhere (in a page's or a frame's record), so an entry is four bytes
+//! and a control byte. Relies on hashes whose bits 40 to 51 are as good as the others; never looks at a key itself.
 
 use hashbrown::HashTable;
 
@@ -20,8 +22,29 @@ impl Default for Table {
     }
 }
 
+/// Equal shares of all hashes, which are dealt out to the parts.
+const SHARES: usize = 4096;
+
+/// The part of each share: as many more to each next part as makes the last twice the first.
+const PART_OF: [u8; SHARES] = {
+    /// The 256th root of 2, times 2^32.
+    const STEP: u128 = 4_306_612_134;
+    let (mut part_of, mut part, mut end, mut share) = ([0; SHARES], 0, STEP, 0);
+    while share < SHARES {
+        // `end`, times 2^32, is where the part ends between 1 and 2.
+        if share as u128 * (1 << 32) >= (end - (1 << 32)) * SHARES as u128 {
+            end = end * STEP >> 32;
+            part += 1;
+        } else {
+            part_of[share] = part;
+            share += 1;
+        }
+    }
+    part_of
+};
+
 fn part(hash: u64) -> usize {
-    (hash >> 40) as usize % PARTS
+    PART_OF[(hash >> 40) as usize % SHARES].into()
 }
 
 impl Table {

@@ -48,30 +48,6 @@ fn equal_regions_merge_as_whole_windows_over_whole_extents() {
 }
 
 #[test]
-fn metadata_stays_within_its_budget() {
-    // What core adds to the 16 bytes of the page table, without what it takes for no page at all.
-    let fixed = World::new(1).core.metadata_bytes();
-    let per_page = |world: &World, pages: u32| 16.0 + (world.core.metadata_bytes() - fixed) as f64 / f64::from(pages);
-    let (mut twice, _) = clients(2, PAGES, |_, i| 10 + i);
-    twice.merge();
-    let (mut often, _) = clients(60, 2 * WINDOW, |_, i| 10 + i);
-    often.merge();
-    let (mut unique, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
-    unique.merge();
-    let figures = [
-        per_page(&twice, 2 * PAGES),
-        per_page(&often, 120 * WINDOW),
-        per_page(&unique, 2 * PAGES),
-    ];
-    for (figure, most) in figures.into_iter().zip([35.0, 24.0, 33.0]) {
-        assert!(
-            figure <= most,
-            "{figures:?} bytes per page merged twice, merged 60 times, unique"
-        );
-    }
-}
-
-#[test]
 fn a_background_merge_takes_two_passes() {
     let (mut world, _) = clients(2, WINDOW, |_, i| 10 + i);
     for passes in 0..3 {

@@ -1,0 +1,184 @@
+//! What core remembers of a page, by the allocator's own count: at most 32 bytes, 16 of which are the client's page table.
+//!
+//! Core is driven by clients that answer at once; whatever they need is allocated outside of what is counted, or is gone before the
+//! count ends. Each kind of memory is measured at several sizes, for hash tables grow by steps. Prints what it found.
+#![allow(clippy::print_stdout, reason = "the figures are what it is for")]
+
+use allocation_counter::measure;
+use ksmrs_core::{Checksum, ClientId, Core, Decision, Kind, Next, Observation, Run, RunOutcome, Seen, Slot};
+use std::time::Duration;
+
+const PAGE_TABLE: f64 = 16.0;
+const MOST: f64 = 32.0;
+const NOWHERE: u32 = u32::MAX - 1;
+
+/// Equal regions and what they hold, by the page's number in its region.
+struct Memory {
+    name: &'static str,
+    clients: u32,
+    pages_each: u32,
+    /// Whether all clients hold the same.
+    equal: bool,
+    knobs: &'static [(&'static str, &'static str)],
+    passes: u64,
+}
+
+impl Memory {
+    fn pages(&self) -> u32 {
+        self.clients * self.pages_each
+    }
+
+    /// Regions are a whole number of windows, so that page numbers go on from one to the next.
+    fn checksum(&self, page: u32) -> Checksum {
+        let content = if self.equal { page % self.pages_each } else { page };
+        Checksum(u64::from(content + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) & Checksum::MASK)
+    }
+
+    fn map(&self, run: Run, slots: &mut [u32], frames: &[Checksum]) -> RunOutcome {
+        let mut outcome = RunOutcome::default();
+        for (i, (page, slot)) in run.iter().enumerate() {
+            assert_eq!(
+                frames[slot.0 as usize],
+                self.checksum(page.0),
+                "no two contents have one checksum here"
+            );
+            slots[page.0 as usize] = slot.0;
+            outcome.merged[i / 64] |= 1 << (i % 64);
+        }
+        outcome
+    }
+
+    fn join(&self, core: &mut Core) {
+        for &(knob, value) in self.knobs {
+            core.set(knob, value).unwrap();
+        }
+        for client in 0..self.clients {
+            core.client_joined(ClientId(client));
+            core.region_joined(ClientId(client), Kind::Private, self.pages_each, 0)
+                .unwrap();
+        }
+    }
+
+    /// Goes on until so many passes are over.
+    fn run(&self, core: &mut Core, slots: &mut [u32], frames: &mut [Checksum]) {
+        let mut now = Duration::ZERO;
+        while core.full_scans() < self.passes {
+            match core.next(now) {
+                Next::Do(Decision::Scan { order, ranges, .. }) => {
+                    let observe = |page: u32| match slots[page as usize] {
+                        NOWHERE => Observation {
+                            seen: Seen::Own,
+                            checksum: Some((self.checksum(page), core.full_scans() == 0)),
+                        },
+                        slot => Observation {
+                            seen: Seen::Merged(Slot(slot)),
+                            checksum: None,
+                        },
+                    };
+                    let pages = ranges.iter().flat_map(|range| range.iter());
+                    let observations: Vec<Observation> = pages.map(|page| observe(page.0)).collect();
+                    core.scanned(order, Default::default(), &observations, now);
+                }
+                Next::Do(Decision::Stage { order, pages, .. }) => {
+                    let mut checksums = Vec::new();
+                    for fill in core.staged(order, &|_| true) {
+                        for i in 0..fill.pages {
+                            let checksum = self.checksum(pages[usize::from(fill.staging_index + i)].0);
+                            frames[(fill.slot.0 + u32::from(i)) as usize] = checksum;
+                            checksums.push(Some(checksum));
+                        }
+                    }
+                    core.filled(order, &checksums);
+                }
+                Next::Do(Decision::Map { order, runs, .. }) => {
+                    let outcomes: Vec<RunOutcome> = runs.iter().map(|&run| self.map(run, slots, frames)).collect();
+                    core.mapped(order, Default::default(), &outcomes);
+                }
+                Next::Do(Decision::Punch { .. }) => {}
+                Next::Do(other) => panic!("{other:?} of memory at rest"),
+                Next::WaitUntil(then) => now = then.max(now),
+                Next::Idle => panic!("core finds nothing to do"),
+            }
+        }
+    }
+
+    /// Bytes per page by the allocator's count and by core's own, the page table included.
+    fn measured(&self) -> (f64, f64, Core) {
+        let slots_in_store = self.pages() + 1024;
+        let mut slots = vec![NOWHERE; self.pages() as usize];
+        let mut frames = vec![Checksum(0); slots_in_store as usize];
+        let mut core = Core::new(slots_in_store, Checksum(0));
+        let fixed = core.metadata_bytes();
+        let grown = measure(|| {
+            self.join(&mut core);
+            self.run(&mut core, &mut slots, &mut frames);
+        });
+        let per_page = |bytes: f64| PAGE_TABLE + bytes / f64::from(self.pages());
+        let by_core = (core.metadata_bytes() - fixed) as f64;
+        (per_page(grown.bytes_current as f64), per_page(by_core), core)
+    }
+}
+
+const STEADY: &[(&str, &str)] = &[
+    ("advisor_mode", "none"),
+    ("pages_to_scan", "100000"),
+    ("smart_scan", "0"),
+];
+
+fn check(memory: &Memory, is_what_it_says: impl Fn(&ksmrs_core::Stats, u64) -> bool) -> f64 {
+    let (allocated, counted, core) = memory.measured();
+    let stats = core.stats();
+    println!(
+        "{:>26}: {:>7} pages, {allocated:.2} bytes a page; by core's own count {counted:.2}",
+        memory.name,
+        memory.pages()
+    );
+    assert!(
+        is_what_it_says(&stats, memory.pages().into()),
+        "{}: {stats:?}",
+        memory.name
+    );
+    assert!(
+        (allocated - counted).abs() < 0.5,
+        "core's own count is {counted}, the allocator's {allocated}"
+    );
+    assert!(allocated <= MOST, "{}: {allocated} bytes a page", memory.name);
+    allocated
+}
+
+/// Windows in a region: between them the tables have all the fillings that they can have.
+const WINDOWS: [u32; 4] = [128, 152, 181, 215];
+
+#[test]
+fn a_page_costs_at_most_32_bytes() {
+    for windows in WINDOWS {
+        let memory = |name, clients, pages_each, equal, passes| Memory {
+            name,
+            clients,
+            pages_each,
+            equal,
+            knobs: STEADY,
+            passes,
+        };
+        let unique = memory("unlike any other, once seen", 2, windows * 512, false, 1);
+        check(&unique, |stats, pages| stats.pages_volatile == pages);
+        let candidates = memory("candidates", 2, windows * 512, false, 3);
+        check(&candidates, |stats, pages| stats.pages_unshared == pages);
+        let twice = memory("merged twice, in runs", 2, windows * 512, true, 4);
+        check(&twice, |stats, pages| stats.pages_sharing == pages / 2);
+    }
+    let often = Memory {
+        name: "merged a thousand times",
+        clients: 1000,
+        pages_each: 512,
+        equal: true,
+        knobs: &[
+            ("advisor_mode", "none"),
+            ("pages_to_scan", "100000"),
+            ("smart_scan", "0"),
+            ("max_page_sharing", "2000"),
+        ],
+        passes: 4,
+    };
+    check(&often, |stats, pages| stats.pages_shared == pages / 1000);
+}
