@@ -6,14 +6,16 @@ wrong expectation fails on the kernel and a wrong ksmrs on ksmrs. Smart scan is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
 
 import kernel_ksm
+import ksmrs
 from children import Child
-from scenario import ENGINES, KNOBS, Scene, scene, why_not
+from scenario import ENGINES, KNOBS, Ours, Scene, scene, why_not
 
 PAGES = 256
 A, B, C, D = (1000, 1001, 1002, 1003)
@@ -246,6 +248,44 @@ def test_run_0_keeps_and_run_2_ends_what_is_merged(on: Scene) -> None:
 
 def test_every_scenario_begins_with_the_knobs_that_it_says(on: Scene) -> None:
     assert {knob: on.engine.get(knob) for knob in KNOBS} == KNOBS
+
+
+TEXTS = {
+    "sleep_millisecs": ["7", "+7", "07", "0x7", " 7", "7\n", "7 ", "-7", "7.5", "y", "4294967295", "4294967296"],
+    "pages_to_scan": ["100", "0100", "1e2", "-1", "4294967296"],
+    "run": ["0", "00", "3", "y"],
+    "merge_across_nodes": ["1", "0", "01", "2", "y", "n"],
+    "max_page_sharing": ["256", "2", "1", "0", "-2", "0x10", "0300"],
+    "stable_node_chains_prune_millisecs": ["2000", "0", "-1", "4294967296"],
+    "use_zero_pages": ["1", "0", "y", "No", "on", "OFF", "off\n", "2", "o", "true", "f", "1x", " 1", "-1"],
+    "smart_scan": ["1", "0", "Y", "n", "On", "of", "2", "ok", "False", "t", "maybe"],
+    "advisor_target_scan_time": ["200", "0", "0x10", "-1"],
+    "advisor_min_pages_to_scan": ["500", "0500", "y"],
+    "advisor_max_cpu": ["70", "0", "070", "-1"],
+    "advisor_mode": ["none", "scan-time\n", "none", "Scan-time", "scan", "none "],
+}
+
+
+def test_knobs_are_read_as_the_kernel_reads_them(runtime_dir: object) -> None:
+    reason = why_not("kernel")
+    if reason is not None:
+        pytest.skip(reason)
+    ours, differ = Ours(shared=False), []
+    ksmrs.connect()
+    with kernel_ksm.turned({"advisor_mode": "none"}):
+        ours.set("advisor_mode", "none")
+        for knob, texts in TEXTS.items():
+            if not (kernel_ksm.KSM / knob).exists():
+                continue
+            for text in texts:
+                with contextlib.suppress(OSError):
+                    (kernel_ksm.KSM / knob).write_text(text)
+                with contextlib.suppress(ValueError):
+                    ours.set(knob, text)
+                found = (str(getattr(ksmrs.tunables, knob)), kernel_ksm.knob(knob))
+                if found[0] != found[1]:
+                    differ.append((knob, text, found))
+    assert not differ, "(knob, text, (ksmrs's value after it, the kernel's))"
 
 
 def test_the_kernels_knobs_come_back_whatever_happens() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import ksmrs
-from ksmrs import PageState
+from children import merged, wait_for
+from ksmrs import PageState, _ksmrs
 
 
 def test_a_region_is_writable_zeroed_bytes(shared: bool) -> None:
@@ -30,6 +31,27 @@ def test_a_region_is_writable_zeroed_bytes(shared: bool) -> None:
         assert region.shared is shared
         assert len(region.page_states()) == 3
         view.release()
+
+
+def test_a_region_counts_its_pages(shared: bool, runtime_dir: object) -> None:
+    pages = 64
+    price = pages * _ksmrs.METADATA_PER_PAGE
+    with ksmrs.Region(pages * ksmrs.PAGE_SIZE, shared) as region:
+        assert region.stats() == ksmrs.RegionStats(pages=pages, pages_private=pages, ksm_profit=-price)
+        contents = np.repeat(np.random.default_rng(1).integers(1, 256, (16, 4096), np.uint8), 2, axis=0)
+        region.array("u1", (32, 4096))[:] = contents
+        region.array("u1", (16, 4096), 32 * 4096)[:] = 0
+        ksmrs.madvise(region, ksmrs.MADV_UNMERGEABLE, 60 * 4096, 4 * 4096)
+        wait_for(lambda: ksmrs.merge(5).pages_merged == 0 and merged(region) >= 48, "the merge")
+        found = region.stats()
+        assert (found.ksm_merging_pages, found.pages_held, found.pages_changing) == (32, 4, 0)
+        # Pages that were read or written to be zero have memory, which merging frees; the last twelve never had any.
+        assert found.ksm_zero_pages + found.pages_private == 28
+        assert found.ksm_zero_pages >= 16
+        assert found.ksm_profit == (32 + found.ksm_zero_pages) * ksmrs.PAGE_SIZE - price
+        assert found.ksm_merging_pages == ksmrs.process_stats().ksm_merging_pages
+    with pytest.raises(ksmrs.ClosedRegionError):
+        region.stats()
 
 
 @pytest.mark.parametrize("nbytes", [0, -1, -(2**70), 2**70, 2**63, 2**46])

@@ -24,7 +24,7 @@ from ksmrs._errors import (
     UnknownKnobError,
     UnsupportedError,
 )
-from ksmrs._region import PAGE_SIZE, PageState, Region
+from ksmrs._region import PAGE_SIZE, PageState, Region, RegionStats
 from ksmrs._tunables import tunables
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ __all__ = [
     "PageState",
     "ProcessStats",
     "Region",
+    "RegionStats",
     "Stats",
     "SystemCallError",
     "UnknownKnobError",

@@ -6,6 +6,7 @@ from typing_extensions import disjoint_base
 
 __all__ = [
     "MAX_NBYTES",
+    "METADATA_PER_PAGE",
     "PAGE_SIZE",
     "Adopted",
     "Pin",
@@ -34,6 +35,7 @@ __all__ = [
 
 PAGE_SIZE: int
 MAX_NBYTES: int
+METADATA_PER_PAGE: int
 
 @disjoint_base
 class Region:

@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import weakref
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
@@ -54,6 +55,37 @@ class PageState(IntEnum):
     DETACHED = 9
     HELD = 10
     LEAVING = 11
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionStats:
+    """What the pages of one region are now, by this process's own page table; no broker is asked."""
+
+    pages: int = 0
+    """Pages of the region."""
+    ksm_merging_pages: int = 0
+    """Pages that show a frame."""
+    ksm_zero_pages: int = 0
+    """Pages of zeros that need no memory."""
+    pages_private: int = 0
+    """Pages with memory of their own, or none yet, that take part in merging; merged and then written ones among them."""
+    pages_held: int = 0
+    """Pages that were opted out or are pinned."""
+    pages_changing: int = 0
+    """Pages that are about to merge, or to get memory of their own again."""
+    ksm_profit: int = 0
+    """Bytes that merged pages and pages of zeros do not take, less ksmrs's bytes for each page of the region. As in the kernel,
+    a frame counts for nobody."""
+
+
+_COUNTED_AS = {
+    PageState.MERGED: "ksm_merging_pages",
+    PageState.ZERO: "ksm_zero_pages",
+    PageState.PRIVATE: "pages_private",
+    PageState.BROKEN: "pages_private",
+    PageState.DETACHED: "pages_private",
+    PageState.HELD: "pages_held",
+}
 
 
 class Region(_ksmrs.Region):
@@ -125,6 +157,16 @@ class Region(_ksmrs.Region):
         # Through a memoryview, which counts as an export: np.ndarray(buffer=...) would take none.
         view = memoryview(self)[first : first + nbytes]
         return np.frombuffer(view, np.uint8).view(element).reshape(axes) if nbytes else np.empty(axes, element)
+
+    def stats(self) -> RegionStats:
+        """Count the region's pages by what they are now; raises `ClosedRegionError` after `close`."""
+        states = self.page_states()
+        counts = dict.fromkeys([*_COUNTED_AS.values(), "pages_changing"], 0)
+        for state in PageState:
+            counts[_COUNTED_AS.get(state, "pages_changing")] += states.count(state)
+        saved = counts["ksm_merging_pages"] + counts["ksm_zero_pages"]
+        profit = saved * PAGE_SIZE - len(states) * _ksmrs.METADATA_PER_PAGE
+        return RegionStats(pages=len(states), ksm_profit=profit, **counts)
 
     def close(self) -> None:
         """Unmerge everything and take the memory out of ksmrs; closing again does nothing.

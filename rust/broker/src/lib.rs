@@ -25,5 +25,6 @@ mod session;
 mod sweep;
 pub mod wire;
 
+pub use ksmrs_core::METADATA_PER_PAGE;
 pub use offence::Offence;
 pub use serve::{BrokerError, BrokerOptions, Started, run_broker, serve_embedded, start_daemon};

@@ -33,7 +33,7 @@ const PART_OF: [u8; SHARES] = {
     while share < SHARES {
         // `end`, times 2^32, is where the part ends between 1 and 2.
         if share as u128 * (1 << 32) >= (end - (1 << 32)) * SHARES as u128 {
-            end = end * STEP >> 32;
+            end = (end * STEP) >> 32;
             part += 1;
         } else {
             part_of[share] = part;

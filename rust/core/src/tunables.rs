@@ -59,7 +59,7 @@ impl AdvisorMode {
     }
 
     fn parse(value: &str) -> Result<AdvisorMode, TunableError> {
-        let known = AdvisorMode::NAMES.iter().find(|(name, _)| *name == value.trim());
+        let known = AdvisorMode::NAMES.iter().find(|(name, _)| *name == line(value));
         known.map(|&(_, mode)| mode).ok_or_else(|| TunableError::Invalid {
             knob: "advisor_mode",
             value: value.to_owned(),
@@ -218,13 +218,40 @@ impl Tunables {
     }
 }
 
+/// A value as it may be written to the kernel's files: with the end of its line.
+fn line(value: &str) -> &str {
+    value.strip_suffix('\n').unwrap_or(value)
+}
+
+/// Knobs that the kernel reads as yes or no (`kstrtobool`), and ours of that kind; of the others it wants a number.
+const YES_OR_NO: [&str; 4] = ["use_zero_pages", "smart_scan", "split_huge_pages", "join_runs"];
+
 fn parse(knob: &'static str, value: &str, low: u32, high: u32) -> Result<u32, TunableError> {
-    let number = value.trim().parse().ok().filter(|number| (low..=high).contains(number));
+    let is_switch = YES_OR_NO.contains(&knob);
+    let number = if is_switch {
+        yes_or_no(value).map(u32::from)
+    } else {
+        line(value).parse().ok().filter(|number| (low..=high).contains(number))
+    };
     number.ok_or_else(|| TunableError::Invalid {
         knob,
         value: value.to_owned(),
-        allowed: format!("{low} to {high}"),
+        allowed: if is_switch {
+            "1, y, t or on, or 0, n, f or off".to_owned()
+        } else {
+            format!("{low} to {high}")
+        },
     })
+}
+
+/// As the kernel's `kstrtobool`, which looks at the first letter, and at the second of "on" and "off".
+fn yes_or_no(value: &str) -> Option<bool> {
+    let mut letters = value.chars().map(|letter| letter.to_ascii_lowercase());
+    match (letters.next()?, letters.next()) {
+        ('y' | 't' | '1', _) | ('o', Some('n')) => Some(true),
+        ('n' | 'f' | '0', _) | ('o', Some('f')) => Some(false),
+        _ => None,
+    }
 }
 
 fn refuse_if_busy(knob: &'static str, pages_shared: u64) -> Result<(), TunableError> {
@@ -248,7 +275,7 @@ mod tests {
             assert_eq!(tunables.set(knob, &value, 1), Ok(()));
         }
         assert_eq!(tunables, before);
-        tunables.set("pages_to_scan", " 77\n", 0).unwrap();
+        tunables.set("pages_to_scan", "77\n", 0).unwrap();
         assert_eq!(tunables.get("pages_to_scan").unwrap(), "77");
     }
 
@@ -273,6 +300,40 @@ mod tests {
         tunables.set("advisor_min_pages_to_scan", "800", 0).unwrap();
         tunables.set("advisor_mode", "scan-time", 0).unwrap();
         assert_eq!(tunables.pages_to_scan, 800);
+    }
+
+    #[test]
+    fn yes_and_no_are_read_as_the_kernel_does() {
+        let mut tunables = Tunables::default();
+        for knob in YES_OR_NO {
+            for (value, is) in [
+                ("n", 0),
+                ("Yes", 1),
+                ("off", 0),
+                ("on\n", 1),
+                ("false", 0),
+                ("True", 1),
+                ("00", 0),
+                ("1", 1),
+            ] {
+                tunables.set(knob, value, 9).unwrap();
+                assert_eq!(tunables.get(knob).unwrap(), is.to_string(), "{knob}={value}");
+            }
+            for value in ["2", "", "o", "oh", "-1", "maybe"] {
+                let refusal = tunables.set(knob, value, 0).unwrap_err();
+                assert!(
+                    refusal
+                        .to_string()
+                        .ends_with("it takes 1, y, t or on, or 0, n, f or off"),
+                    "{refusal}"
+                );
+            }
+        }
+        assert!(tunables.set("run", "y", 0).is_err(), "a number");
+        assert!(
+            tunables.set("merge_across_nodes", "n", 0).is_err(),
+            "a number there too"
+        );
     }
 
     #[test]

@@ -57,6 +57,10 @@ mod _ksmrs {
     #[pymodule_export]
     const PAGE_SIZE: usize = super::live::PAGE_SIZE;
 
+    /// Bytes that ksmrs needs for each page that takes part, as `general_profit` counts them.
+    #[pymodule_export]
+    const METADATA_PER_PAGE: u64 = ksmrs_broker::METADATA_PER_PAGE;
+
     /// Bytes of the largest region: what a page table's 32-bit page numbers can tell apart, less than an address space.
     #[pymodule_export]
     const MAX_NBYTES: usize = 1 << 43;
