@@ -63,6 +63,8 @@ def main() -> int:
             "HOME": str(room / "home"),
             "TMPDIR": str(room / "tmp"),
             "LANG": "C.UTF-8",
+            # Half as long as the first time.
+            "KSMRS_ORACLE_SECONDS": "30",
             **needed,
             **{name: value for name, value in os.environ.items() if name.startswith("KSMRS_")},
         }
