@@ -29,6 +29,7 @@ from ksmrs._tunables import tunables
 
 if TYPE_CHECKING:
     from ksmrs._arrays import array, empty, full, zeros
+    from ksmrs._doctor import Finding, doctor
 
 _launch.configure_default()
 # A child of os.fork(), multiprocessing's among them, goes on merging with what it inherited.
@@ -42,6 +43,7 @@ __all__ = [
     "BrokerError",
     "ClosedRegionError",
     "DtypeError",
+    "Finding",
     "ForeignMemoryError",
     "KsmrsError",
     "MergeReport",
@@ -57,6 +59,7 @@ __all__ = [
     "array",
     "connect",
     "disconnect",
+    "doctor",
     "empty",
     "full",
     "madvise",
@@ -75,6 +78,11 @@ def __getattr__(name: str) -> Any:
         from ksmrs import _arrays
 
         return getattr(_arrays, name)
+    # Asked for rarely, and the interpreter has to load what they read with.
+    if name in {"Finding", "doctor"}:
+        from ksmrs import _doctor
+
+        return getattr(_doctor, name)
     raise AttributeError(f"module 'ksmrs' has no attribute {name!r}")
 
 

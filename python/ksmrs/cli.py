@@ -67,6 +67,25 @@ def stat(as_json: bool) -> None:
         click.echo(f"{name:<20} {value}")
 
 
+@main.command()
+@click.argument("pid", type=click.IntRange(min=1), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def doctor(pid: int | None, as_json: bool) -> None:
+    """Say what the kernel, its limits and the container allow, here or in process PID; exits with 1 if memory cannot merge."""
+    from ksmrs import _doctor, _tables  # noqa: PLC0415 (rich, for this command only)
+
+    try:
+        findings = _doctor.doctor(pid)
+    except OSError as refused:
+        raise click.ClickException(f"process {pid}: {refused.strerror}") from refused
+    merging = all(finding.state != "missing" for finding in findings)
+    if as_json:
+        click.echo(json.dumps({"merging": merging, "findings": [dataclasses.asdict(finding) for finding in findings]}))
+    else:
+        _tables.show_findings(findings)
+    sys.exit(not merging)
+
+
 @main.command("set")
 @click.argument("assignment", metavar="KNOB=VALUE")
 def set_knob(assignment: str) -> None:
