@@ -57,8 +57,16 @@ def status() -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def stat(as_json: bool) -> None:
+@click.option("--prometheus", is_flag=True, help="Print them as Prometheus reads them (text format 0.0.4).")
+def stat(as_json: bool, prometheus: bool) -> None:
     """Print the counters, under the names of /sys/kernel/mm/ksm."""
+    if as_json and prometheus:
+        raise click.UsageError("--json and --prometheus are two formats: choose one")
+    if prometheus:
+        from ksmrs import _prometheus  # noqa: PLC0415 (for this option only)
+
+        click.echo(_prometheus.exposition(_ksmrs.status(), ksmrs.stats()), nl=False)
+        return
     counters = dataclasses.asdict(ksmrs.stats())
     if as_json:
         click.echo(json.dumps(counters))
