@@ -39,7 +39,7 @@ GAUGES: dict[str, str] = {
     "frames": "Frames in use.",
     "frames_huge": "Extents of frames that were filled whole.",
     "regions": "Regions opted in, over all clients.",
-    "clients": "Processes with a connection.",
+    "clients": "Processes with a connection, the one that asks among them.",
     "clients_unplanned": "Clients that owe an answer for too long and are left out for now.",
     "pages_proposed": "Pages that were offered a frame and have not answered yet.",
     "references_in_limbo": "References to frames that a forked child may still show.",

@@ -94,6 +94,18 @@ def doctor(pid: int | None, as_json: bool) -> None:
     sys.exit(not merging)
 
 
+@main.command()
+@click.option(
+    "--interval", type=click.FloatRange(0.05, 3600), default=1.0, show_default=True, help="Seconds between looks."
+)
+@click.option("--once", is_flag=True, help="Print one table, after one interval.")
+def top(interval: float, once: bool) -> None:
+    """Show what merging saves and does now, until q or Ctrl-C."""
+    from ksmrs import _top  # noqa: PLC0415 (rich, for this command only)
+
+    _top.run(interval, once)
+
+
 @main.command("set")
 @click.argument("assignment", metavar="KNOB=VALUE")
 def set_knob(assignment: str) -> None:
