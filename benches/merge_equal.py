@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,9 @@ def run_kernel(kind: str, nbytes: int, count: int) -> dict[str, float]:
         return measure(workers, kernel_ksm.ksmd_seconds, merge, pages)
 
 
-def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
-    pages = nbytes // PAGE * count
+@contextmanager
+def fresh_broker() -> Iterator[Callable[[], float]]:
+    """Connect to a broker of one's own, not merging yet; gives the CPU seconds of it and of this process so far."""
     with tempfile.TemporaryDirectory(prefix="ksmrs-bench-") as directory:
         os.environ["KSMRS_RUNTIME_DIR"] = directory
         os.environ["KSMRS_IDLE_SECONDS"] = "1"
@@ -162,20 +165,21 @@ def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
         if broker is None:
             raise RuntimeError("the broker is gone")
         pid = broker["pid"]
-
-        def merge() -> None:
-            report = ksmrs.merge(timeout=PATIENCE_SECONDS)
-            stats = ksmrs.stats()
-            if not report.finished or stats.pages_shared + stats.pages_sharing != pages:
-                raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
-
-        def engine() -> float:
-            return broker_seconds(pid) + time.process_time()
-
-        with Workers(kind, nbytes, count) as workers:
-            figures = measure(workers, engine, merge, pages)
+        yield lambda: broker_seconds(pid) + time.process_time()
         ksmrs.disconnect()
-    return figures
+
+
+def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
+    pages = nbytes // PAGE * count
+
+    def merge() -> None:
+        report = ksmrs.merge(timeout=PATIENCE_SECONDS)
+        stats = ksmrs.stats()
+        if not report.finished or stats.pages_shared + stats.pages_sharing != pages:
+            raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
+
+    with fresh_broker() as engine, Workers(kind, nbytes, count) as workers:
+        return measure(workers, engine, merge, pages)
 
 
 def warm(nbytes: int) -> None:
