@@ -45,6 +45,7 @@ SCENARIOS = {
         "merge_equal.py", ("--processes", "8", "--mb", "128"), ("--processes", "4", "--mb", "4", "--rounds", "1")
     ),
     "merge_arrays": Scenario("merge_equal.py", ("--arrays",), ("--arrays", "--mb", "8", "--rounds", "1")),
+    "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
@@ -104,6 +105,19 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found.append(merged("merge equal data", 1 / 5, 1 / 3, results["merge_8"]))
     if "merge_arrays" in results:
         found.append(merged("merge equal ndarrays in place", None, None, results["merge_arrays"]))
+    for size, engines in results.get("scattered", {}).get("sizes", {}).items():
+        us = {kind: figures["us_per_saved_page"] for kind, figures in engines.items()}
+        part = {kind: ours / us["kernel"] for kind, ours in us.items() if "kernel" in us}
+        target = 2 / 3 if size == "64" else None
+        work = f"merge equal pages in random order: 2 x {size} MiB"
+        row = Row(work, "us CPU a page saved", None, us.get("kernel"), us["private"], us["shared"])
+        row.ratio_private, row.ratio_shared = part.get("private"), part.get("shared")
+        row.target_private = row.target_shared = target
+        found.append(row)
+        saved = {kind: figures["part_saved"] for kind, figures in engines.items()}
+        found.append(
+            Row(f"{work}, saved", "of duplicates", None, saved.get("kernel"), saved["private"], saved["shared"])
+        )
     if "time_to_savings" in results:
         result = results["time_to_savings"]
         for unit, name in (("s", "wall_seconds"), ("s CPU", "merge_cpu_seconds")):
