@@ -11,6 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
   $(shell find rust python -type f -name '*.rs' -o -type f -name '*.toml' -o -type f -name '*.py' -o -type f -name '*.pyi' -o -type f -name py.typed)
 ENVIRONMENT := $(VENV)/.made
+BENCH_ENVIRONMENT := $(VENV)/.bench
 WHEEL := dist/.made
 INSTALLED := $(VENV)/.installed
 MUTANTS := target/mutants/.made
@@ -69,8 +70,13 @@ pytest: $(INSTALLED) $(MUTANTS)
 	$(BIN)/python -m pytest </dev/null
 	$(BIN)/python tests/unprivileged.py </dev/null
 
-bench: $(INSTALLED)
-	set -e; for scenario in benches/*.py; do $(BIN)/python "$$scenario"; done
+# Writes benches/report/; as root also against kernel KSM. BENCH_FLAGS=--quick for small sizes.
+bench: $(INSTALLED) $(BENCH_ENVIRONMENT)
+	$(BIN)/python benches/report.py $(BENCH_FLAGS)
+
+$(BENCH_ENVIRONMENT): benches/requirements.txt $(ENVIRONMENT)
+	$(BIN)/python -m pip install --quiet -r benches/requirements.txt
+	touch $@
 
 clean:
 	rm -rf $(VENV) dist target

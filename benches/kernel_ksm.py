@@ -39,6 +39,8 @@ KNOBS = (
 SECONDS_TO_LET_GO = 10
 """How long a process that has just ended may still map what was merged."""
 MADV_MERGEABLE = 12
+WITHOUT = "KSMRS_BENCH_WITHOUT_KERNEL"
+"""Set in the environment of a bench that is to leave kernel KSM alone."""
 
 
 def opt_in(array: np.ndarray[Any, Any]) -> None:
@@ -52,6 +54,8 @@ def opt_in(array: np.ndarray[Any, Any]) -> None:
 
 def unavailable() -> str | None:
     """Why the kernel's KSM cannot be had for oneself here, or None."""
+    if os.environ.get(WITHOUT):
+        return f"{WITHOUT} says to leave it alone"
     if not KSM.is_dir():
         return "this kernel has no /sys/kernel/mm/ksm"
     if os.geteuid() != 0 or not os.access(KSM / "run", os.W_OK):
@@ -142,6 +146,22 @@ def turned(knobs: Mapping[str, int | str]) -> Iterator[None]:
         yield
     finally:
         _turn_all(before)
+
+
+@contextmanager
+def kept() -> Iterator[dict[str, str]]:
+    """Put back what a child turned and could not put back because it was killed. Turns nothing that is as it was."""
+    before = knobs()
+    try:
+        yield before
+    finally:
+        if knobs() != before:
+            _turn_all(before)
+
+
+def knobs() -> dict[str, str]:
+    """All knobs that this kernel has; none where it has no KSM."""
+    return {name: knob(name) for name in KNOBS if (KSM / name).exists()}
 
 
 def tuned_to_the_maximum() -> AbstractContextManager[None]:

@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,19 @@ MIB = 1 << 20
 PATIENCE_SECONDS = 120
 
 
-def content(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    return np.random.default_rng(7).integers(0, 1 << 63, nbytes // 8, np.uint64)
+def content(nbytes: int, order: int = 0) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """The same pages whatever the order, 0 or the seed of a random one."""
+    words = np.random.default_rng(7).integers(0, 1 << 63, nbytes // 8, np.uint64)
+    if order == 0:
+        return words
+    pages = words.reshape(-1, PAGE // 8)
+    return pages[np.random.default_rng(order).permutation(len(pages))].reshape(-1)
 
 
 class Memory:
     """A worker's memory, of one of the five kinds."""
 
-    def __init__(self, kind: str, nbytes: int) -> None:
+    def __init__(self, kind: str, nbytes: int, order: int) -> None:
         if kind == "kernel":
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.array = np.frombuffer(self._map, np.uint64)
@@ -52,7 +59,7 @@ class Memory:
             self.array = np.empty((nbytes + PAGE) // 8, np.uint64)
         else:
             self.array = ksmrs.empty(nbytes // 8, np.uint64, shared=kind == "shared")
-        self.array[:] = content(self.array.nbytes)
+        self.array[:] = content(self.array.nbytes, order)
         if kind == "array":
             ksmrs.madvise(self.array, ksmrs.MADV_MERGEABLE)
 
@@ -60,16 +67,18 @@ class Memory:
         kernel_ksm.opt_in(self.array)
 
 
-def worker(kind: str, nbytes: int) -> None:
+def worker(kind: str, nbytes: int, order: int) -> None:
     if kind not in ("kernel", "array by kernel"):
         # Merging begins when the driver says so, in all processes at once.
         ksmrs.connect()
-    memory = Memory(kind, nbytes)
+    memory = Memory(kind, nbytes, order)
     commands = {
         "cpu": time.process_time,
+        "mappings": lambda: len(Path("/proc/self/maps").read_text().splitlines()),
+        "page tables": lambda: int(Path("/proc/self/status").read_text().partition("VmPTE:")[2].split()[0]) * 1024,
         "opt in": memory.opt_in,
         "read": lambda: int(memory.array[:: PAGE // 8].sum()) and None,
-        "check": lambda: bool((memory.array == content(memory.array.nbytes)).all()),
+        "check": lambda: bool((memory.array == content(memory.array.nbytes, order)).all()),
     }
     print("ready", flush=True)
     for line in sys.stdin:
@@ -77,15 +86,15 @@ def worker(kind: str, nbytes: int) -> None:
 
 
 class Workers:
-    def __init__(self, kind: str, nbytes: int, count: int) -> None:
+    def __init__(self, kind: str, nbytes: int, count: int, scattered: bool = False) -> None:
         self._processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", kind, str(nbytes)],
+                [sys.executable, __file__, "--worker", kind, str(nbytes), str(number if scattered else 0)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
-            for _ in range(count)
+            for number in range(count)
         ]
         for process in self._processes:
             if process.stdout is None or process.stdout.readline().strip() != "ready":
@@ -151,8 +160,9 @@ def run_kernel(kind: str, nbytes: int, count: int) -> dict[str, float]:
         return measure(workers, kernel_ksm.ksmd_seconds, merge, pages)
 
 
-def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
-    pages = nbytes // PAGE * count
+@contextmanager
+def fresh_broker() -> Iterator[Callable[[], float]]:
+    """Connect to a broker of one's own, not merging yet; gives the CPU seconds of it and of this process so far."""
     with tempfile.TemporaryDirectory(prefix="ksmrs-bench-") as directory:
         os.environ["KSMRS_RUNTIME_DIR"] = directory
         os.environ["KSMRS_IDLE_SECONDS"] = "1"
@@ -162,20 +172,21 @@ def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
         if broker is None:
             raise RuntimeError("the broker is gone")
         pid = broker["pid"]
-
-        def merge() -> None:
-            report = ksmrs.merge(timeout=PATIENCE_SECONDS)
-            stats = ksmrs.stats()
-            if not report.finished or stats.pages_shared + stats.pages_sharing != pages:
-                raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
-
-        def engine() -> float:
-            return broker_seconds(pid) + time.process_time()
-
-        with Workers(kind, nbytes, count) as workers:
-            figures = measure(workers, engine, merge, pages)
+        yield lambda: broker_seconds(pid) + time.process_time()
         ksmrs.disconnect()
-    return figures
+
+
+def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
+    pages = nbytes // PAGE * count
+
+    def merge() -> None:
+        report = ksmrs.merge(timeout=PATIENCE_SECONDS)
+        stats = ksmrs.stats()
+        if not report.finished or stats.pages_shared + stats.pages_sharing != pages:
+            raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
+
+    with fresh_broker() as engine, Workers(kind, nbytes, count) as workers:
+        return measure(workers, engine, merge, pages)
 
 
 def warm(nbytes: int) -> None:
@@ -188,7 +199,7 @@ def warm(nbytes: int) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], int(sys.argv[3]))
+        worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=256)

@@ -1,0 +1,325 @@
+"""One report of all benches, run in turn on one machine: report.json, report.md and, with matplotlib, a plot.
+
+    python benches/report.py [--quick] [--only NAME ...] [--without-kernel] [--to benches/report]
+
+Each bench is a child process with --json; what is compared is compared within one child, by that bench. Kernel KSM's knobs
+are looked at first and are the same afterwards, also after Ctrl-C or SIGTERM or when a child is killed. Without root or
+without kernel KSM, ksmrs is measured alone, and the report says so. A bench that fails is named in the report, and the exit
+status is 1. Quick figures are of sizes too small to judge, and are not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import kernel_ksm
+
+HERE = Path(__file__).resolve().parent
+LIMIT_SECONDS = 1800
+"""A bench that takes longer is stuck."""
+PATIENCE_SECONDS = 30
+"""How long an interrupted bench may take to put the knobs back itself."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    script: str
+    full: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+
+
+SCENARIOS = {
+    "merge_2": Scenario("merge_equal.py", ("--mb", "256"), ("--mb", "8", "--rounds", "1")),
+    "merge_8": Scenario(
+        "merge_equal.py", ("--processes", "8", "--mb", "128"), ("--processes", "4", "--mb", "4", "--rounds", "1")
+    ),
+    "merge_arrays": Scenario("merge_equal.py", ("--arrays",), ("--arrays", "--mb", "8", "--rounds", "1")),
+    "scattered": Scenario("scattered.py", (), ("--mb", "4")),
+    "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
+    "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
+    "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
+    "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
+    "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
+    "freeze_window": Scenario("freeze_window.py", (), ("--seconds", "0.2", "--rounds", "5")),
+    "freeze_tracked": Scenario("freeze_tracked.py", (), ("--rounds", "3")),
+}
+
+
+@dataclass
+class Row:
+    """A line of the table; a ratio is a part of kernel KSM's figure in the same run, and so is a target, at most."""
+
+    work: str
+    unit: str
+    kernel_default: float | None = None
+    kernel_maximum: float | None = None
+    private: float | None = None
+    shared: float | None = None
+    ratio_private: float | None = None
+    ratio_shared: float | None = None
+    target_private: float | None = None
+    target_shared: float | None = None
+
+    def reached(self, quick: bool) -> str:
+        verdicts = []
+        for kind in ("private", "shared"):
+            ratio, target = getattr(self, f"ratio_{kind}"), getattr(self, f"target_{kind}")
+            if ratio is not None and target is not None:
+                verdicts.append("yes" if ratio <= target else "no")
+        return "not judged" if quick and verdicts else pair(*verdicts)
+
+
+def merged(work: str, target_private: float | None, target_shared: float | None, result: dict[str, Any]) -> Row:
+    cpu = {kind: figures["cpu_seconds"] for kind, figures in result["medians"].items()}
+    ratio = result["cpu_ratio_to_kernel"]
+    return Row(
+        f"{work}: {result['processes']} x {result['mb']} MiB",
+        "s CPU",
+        kernel_maximum=cpu.get("kernel", cpu.get("array by kernel")),
+        private=cpu.get("private", cpu.get("array")),
+        shared=cpu.get("shared"),
+        ratio_private=ratio.get("private", ratio.get("array")),
+        ratio_shared=ratio.get("shared"),
+        target_private=target_private,
+        target_shared=target_shared,
+    )
+
+
+def rows(results: dict[str, Any]) -> list[Row]:
+    """The table of DESIGN's targets, as far as they were measured."""
+    found = []
+    if "merge_2" in results:
+        found.append(merged("merge equal data", 1 / 5, 1 / 4, results["merge_2"]))
+    if "merge_8" in results:
+        found.append(merged("merge equal data", 1 / 5, 1 / 3, results["merge_8"]))
+    if "merge_arrays" in results:
+        found.append(merged("merge equal ndarrays in place", None, None, results["merge_arrays"]))
+    for size, engines in results.get("scattered", {}).get("sizes", {}).items():
+        us = {kind: figures["us_per_saved_page"] for kind, figures in engines.items()}
+        part = {kind: ours / us["kernel"] for kind, ours in us.items() if "kernel" in us}
+        target = 2 / 3 if size == "64" else None
+        work = f"merge equal pages in random order: 2 x {size} MiB"
+        row = Row(work, "us CPU a page saved", None, us.get("kernel"), us["private"], us["shared"])
+        row.ratio_private, row.ratio_shared = part.get("private"), part.get("shared")
+        row.target_private = row.target_shared = target
+        found.append(row)
+        saved = {kind: figures["part_saved"] for kind, figures in engines.items()}
+        found.append(
+            Row(f"{work}, saved", "of duplicates", None, saved.get("kernel"), saved["private"], saved["shared"])
+        )
+    if "time_to_savings" in results:
+        result = results["time_to_savings"]
+        for unit, name in (("s", "wall_seconds"), ("s CPU", "merge_cpu_seconds")):
+            value = {kind: figures[name] for kind, figures in result["figures"].items()}
+            work = f"until 90 % is saved, default settings: {result['processes']} x {result['mb']} MiB"
+            found.append(Row(work, unit, value.get("kernel"), None, value["private"], value["shared"]))
+    if "break_private" in results:
+        result = results["break_private"]
+        for order, figures in result["nanoseconds_per_page"].items():
+            ratio = result["ratio_to_kernel"].get(order)
+            found.append(
+                Row(
+                    f"first write to a merged page, {order}",
+                    "ns a page",
+                    kernel_maximum=figures.get("kernel"),
+                    private=figures["ksmrs"],
+                    ratio_private=ratio,
+                    target_private=1.0,
+                )
+            )
+    for name, figures in results.get("scan_clean", {}).items():
+        found.append(Row(f"scan unique pages again, {name}", "ns a page", private=figures["scanner_ns"]))
+    return found
+
+
+def pair(*values: str) -> str:
+    return " / ".join(values) or "-"
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Every figure of a result with its way to it."""
+    if isinstance(value, dict):
+        return [leaf for key, inner in value.items() for leaf in leaves(inner, f"{name}, {key}" if name else str(key))]
+    if isinstance(value, list):
+        return [leaf for at, inner in enumerate(value) for leaf in leaves(inner, f"{name}, {at}")]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [(name, figure(value))]
+    return [(name, "-" if value is None else str(value))]
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text()
+    models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
+def stop(child: subprocess.Popen[str]) -> None:
+    """End a bench and its workers, which have a session of their own: first politely, so that it puts the knobs back."""
+    for number, patience in ((signal.SIGINT, PATIENCE_SECONDS), (signal.SIGKILL, PATIENCE_SECONDS)):
+        try:
+            os.killpg(child.pid, number)
+            child.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def run(scenario: Scenario, quick: bool, environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """What a bench found, or None and the last line that it said."""
+    command = [sys.executable, str(HERE / scenario.script), *(scenario.quick if quick else scenario.full), "--json"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        out, err = child.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None, f"not done after {LIMIT_SECONDS} s"
+    finally:
+        stop(child)
+    if child.returncode != 0:
+        said = err.strip().splitlines()
+        return None, f"status {child.returncode}: {said[-1] if said else 'nothing said'}"
+    try:
+        return json.loads(out), ""
+    except ValueError:
+        return None, f"wrote no JSON: {out[:80]!r}"
+
+
+def markdown(report: dict[str, Any], table: list[Row]) -> str:
+    about, quick = report["machine"], report["quick"]
+    lines = [
+        "# Figures of ksmrs",
+        "",
+        f"{about['cpu']}, {about['cores']} cores, {about['memory_mib']:,} MiB, Linux {about['kernel']}, "
+        f"Python {about['python']}. Taken in one run of `make bench`, {report['seconds']:.0f} s.",
+        "",
+    ]
+    if report["kernel_unavailable"]:
+        lines += [f"Kernel KSM was not measured: {report['kernel_unavailable']}. These are ksmrs's figures alone.", ""]
+    if quick:
+        lines += ["Quick: sizes too small to judge anything by.", ""]
+    lines += [
+        "Ratio and target are parts of the figure of kernel KSM at its maximum in the same run, private / shared.",
+        "",
+        "| work | unit | kernel KSM, default | kernel KSM, maximum | private | shared | ratio | target | reached |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table:
+        figures = [figure(v) for v in (row.kernel_default, row.kernel_maximum, row.private, row.shared)]
+        ratio = pair(*(figure(v) for v in (row.ratio_private, row.ratio_shared) if v is not None))
+        target = pair(*(figure(v) for v in (row.target_private, row.target_shared) if v is not None))
+        lines.append(f"| {' | '.join([row.work, row.unit, *figures, ratio, target, row.reached(quick)])} |")
+    if report["failed"]:
+        lines += ["", "## Failed", "", *(f"- {name}: {why}" for name, why in report["failed"].items())]
+    lines += ["", "## All figures"]
+    for name, result in report["results"].items():
+        scenario = SCENARIOS[name]
+        words = " ".join((scenario.script, *(scenario.quick if quick else scenario.full)))
+        lines += ["", f"`benches/{words}`", "", "| figure | value |", "| --- | --- |"]
+        lines += [f"| {way} | {value} |" for way, value in leaves(result)]
+    return "\n".join(lines) + "\n"
+
+
+def plot(table: list[Row], to: Path) -> str | None:
+    """Draw what was compared, as parts of kernel KSM's figure; why not, if not."""
+    bars = [
+        (f"{row.work}, {kind}", getattr(row, f"ratio_{kind}"), getattr(row, f"target_{kind}"))
+        for row in table
+        for kind in ("private", "shared")
+        if getattr(row, f"ratio_{kind}") is not None
+    ]
+    if not bars:
+        return "nothing was compared with kernel KSM"
+    try:
+        import matplotlib as mpl  # noqa: PLC0415
+    except ImportError:
+        return "matplotlib is missing; pip install -r benches/requirements.txt"
+    mpl.use("Agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    chart, axes = pyplot.subplots(figsize=(10, 1 + 0.5 * len(bars)), layout="constrained")
+    axes.barh([name for name, _, _ in bars], [ratio for _, ratio, _ in bars])
+    for at, (_, _, target) in enumerate(bars):
+        if target is not None:
+            axes.plot([target, target], [at - 0.4, at + 0.4], color="black")
+    axes.axvline(1, color="grey", linestyle="dotted")
+    axes.set_xlabel("part of kernel KSM's figure at its maximum, same run; black: target")
+    axes.invert_yaxis()
+    chart.savefig(to, dpi=120)
+    pyplot.close(chart)
+    return None
+
+
+def interrupt(number: int, _frame: object) -> None:
+    # Nothing interrupts what puts the knobs back.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that all works")
+    parser.add_argument("--only", nargs="+", choices=sorted(SCENARIOS), metavar="NAME", help=", ".join(SCENARIOS))
+    parser.add_argument("--without-kernel", action="store_true", help="leave kernel KSM alone")
+    parser.add_argument("--to", type=Path, default=HERE / "report")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    environment = dict(os.environ)
+    if arguments.without_kernel:
+        environment[kernel_ksm.WITHOUT] = os.environ[kernel_ksm.WITHOUT] = "1"
+    report: dict[str, Any] = {
+        "machine": machine(),
+        "quick": arguments.quick,
+        "kernel_unavailable": kernel_ksm.unavailable(),
+        "results": {},
+        "failed": {},
+    }
+    began = time.monotonic()
+    with nullcontext() if report["kernel_unavailable"] else kernel_ksm.kept():
+        for name in arguments.only or SCENARIOS:
+            print(f"{name} ...", flush=True)
+            result, why = run(SCENARIOS[name], arguments.quick, environment)
+            if result is None:
+                report["failed"][name] = why
+                print(f"{name} failed: {why}", file=sys.stderr)
+            else:
+                report["results"][name] = result
+    table = rows(report["results"])
+    report |= {"seconds": time.monotonic() - began, "rows": [asdict(row) for row in table]}
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    report["no_plot"] = plot(table, arguments.to / "ratios.png")
+    (arguments.to / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (arguments.to / "report.md").write_text(markdown(report, table))
+    print(f"wrote {arguments.to}/report.md" + (f"; no plot: {report['no_plot']}" if report["no_plot"] else ""))
+    return 1 if report["failed"] else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as why:
+        sys.exit(f"interrupted ({why}); kernel KSM's knobs are as they were")

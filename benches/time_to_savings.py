@@ -1,0 +1,85 @@
+"""How soon 90 % of what can be saved is saved, by ksmrs and by kernel KSM with the settings that each comes with, in one run.
+
+    python benches/time_to_savings.py [--mb 64] [--processes 2] [--json]
+
+The same data in each process, as in merge_equal.py. The clock runs from the moment that merging begins (run=1, all memory
+opted in) until pages_sharing is nine tenths of the duplicates. Kernel KSM is set to the kernel's defaults, not to what this
+machine is set to. CPU time is that of the broker and of every process, or of ksmd and every process. Every byte is verified.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import kernel_ksm
+import ksmrs
+from merge_equal import MIB, PAGE, Workers, fresh_broker, measure, warm
+
+PART = 0.9
+PATIENCE_SECONDS = 300
+KERNEL_DEFAULTS: dict[str, int | str] = {
+    "advisor_mode": "none",
+    "smart_scan": 1,
+    "sleep_millisecs": 20,
+    "pages_to_scan": 100,
+    "use_zero_pages": 0,
+    "max_page_sharing": 256,
+    "run": 1,
+}
+
+
+def until_saved(sharing: Callable[[], int], wanted: int) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while sharing() < wanted:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{sharing()} pages of {wanted} saved in {PATIENCE_SECONDS} s")
+        time.sleep(0.02)
+
+
+def by_kernel(nbytes: int, count: int, wanted: int) -> dict[str, float]:
+    def merge() -> None:
+        workers.ask("opt in")
+        until_saved(lambda: kernel_ksm.counter("pages_sharing"), wanted)
+
+    with Workers("kernel", nbytes, count) as workers, kernel_ksm.turned(KERNEL_DEFAULTS):
+        return measure(workers, kernel_ksm.ksmd_seconds, merge, wanted)
+
+
+def by_ksmrs(kind: str, nbytes: int, count: int, wanted: int) -> dict[str, float]:
+    def merge() -> None:
+        ksmrs.tunables.run = 1
+        until_saved(lambda: ksmrs.stats().pages_sharing, wanted)
+
+    with fresh_broker() as engine, Workers(kind, nbytes, count) as workers:
+        return measure(workers, engine, merge, wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    nbytes, count = arguments.mb * MIB, arguments.processes
+    wanted = int(PART * (nbytes // PAGE) * (count - 1))
+    warm(nbytes * (count + 2))
+    refusal = kernel_ksm.unavailable()
+    figures = {kind: by_ksmrs(kind, nbytes, count, wanted) for kind in ("private", "shared")}
+    if refusal is None:
+        figures["kernel"] = by_kernel(nbytes, count, wanted)
+    if arguments.json:
+        result = {"mb": arguments.mb, "processes": count, "figures": figures}
+        print(json.dumps({**result, "kernel_unavailable": refusal}, indent=2))
+        return
+    print(f"{count} x {arguments.mb} MiB of equal data, until 90 % is saved, default settings")
+    if refusal is not None:
+        print(f"kernel KSM: not measured, {refusal}")
+    for kind, figure in figures.items():
+        print(f"{kind:8} {figure['wall_seconds']:.2f} s, {figure['merge_cpu_seconds']:.2f} s CPU")
+
+
+if __name__ == "__main__":
+    main()

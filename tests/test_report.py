@@ -1,0 +1,27 @@
+"""The report of the benches: small sizes, ksmrs alone; the knobs of kernel KSM stay as they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import kernel_ksm
+
+REPORT = Path(__file__).resolve().parent.parent / "benches" / "report.py"
+
+
+def test_a_quick_report_has_figures_and_turns_no_knob(tmp_path: Path) -> None:
+    before = kernel_ksm.knobs()
+    words = ["--quick", "--without-kernel", "--only", "merge_2", "adopted_memory", "--to", str(tmp_path)]
+    done = subprocess.run([sys.executable, REPORT, *words], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kernel_ksm.knobs() == before
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["results"]) == {"merge_2", "adopted_memory"} and report["failed"] == {}
+    (row,) = report["rows"]
+    assert row["private"] > 0 and row["shared"] > 0
+    assert row["kernel_maximum"] is None and row["ratio_private"] is None
+    text = (tmp_path / "report.md").read_text()
+    assert "Kernel KSM was not measured" in text and "merge equal data: 2 x 8 MiB" in text
