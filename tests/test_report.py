@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import kernel_ksm
 
 REPORT = Path(__file__).resolve().parent.parent / "benches" / "report.py"
 
 
+@pytest.mark.skipif(not REPORT.exists(), reason="the benches are not beside these tests")
 def test_a_quick_report_has_figures_and_turns_no_knob(tmp_path: Path) -> None:
     before = kernel_ksm.knobs()
     words = ["--quick", "--without-kernel", "--only", "merge_2", "adopted_memory", "--to", str(tmp_path)]

@@ -6,47 +6,39 @@ were read already, and never reads or serves any.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ksmrs._engine import Stats
 
-COUNTERS: dict[str, str] = {
-    "pages_skipped": "Pages that smart_scan passed over.",
-    "pages_scanned": "Pages looked at.",
-    "full_scans": "Passes over all regions; run=2 resets it.",
-    "cow_ksm": "Merged pages that were written.",
-    "merges": "Pages merged.",
-    "pages_migrated": "Pages that followed their frame to another slot.",
-    "pages_unmerged_by_budget": "Pages left alone since their client has no kernel mappings to spare.",
-    "pages_unmerged_in_huge_pages": "Pages left alone since merging them would have split a huge page.",
-    "pages_disbelieved": "Page table words that cannot be true.",
+COUNTERS = {
+    "pages_skipped",
+    "pages_scanned",
+    "full_scans",
+    "cow_ksm",
+    "merges",
+    "pages_migrated",
+    "pages_unmerged_by_budget",
+    "pages_unmerged_in_huge_pages",
+    "pages_disbelieved",
 }
-"""What a broker counts from its start on, with the HELP line of each."""
+"""What a broker counts from its start on; all else is what it is now."""
 
-GAUGES: dict[str, str] = {
-    "pages_shared": "Frames that pages show.",
-    "pages_sharing": "Further pages on them: the saving itself.",
-    "pages_unshared": "Pages whose content nobody else had.",
-    "pages_volatile": "Pages that changed too fast to be candidates.",
-    "pages_to_scan": "Pages per batch now.",
-    "stable_node_chains": "Contents with more than one frame.",
-    "stable_node_dups": "Frames in those chains.",
-    "ksm_zero_pages": "Pages of zeros that need no memory.",
-    "general_profit": "Bytes saved less bytes of metadata.",
-    "saved_bytes": "Bytes of memory that merging saves now.",
-    "frames": "Frames in use.",
-    "frames_huge": "Extents of frames that were filled whole.",
-    "regions": "Regions opted in, over all clients.",
-    "clients": "Processes with a connection, the one that asks among them.",
-    "clients_unplanned": "Clients that owe an answer for too long and are left out for now.",
-    "pages_proposed": "Pages that were offered a frame and have not answered yet.",
-    "references_in_limbo": "References to frames that a forked child may still show.",
-    "store_bytes": "Memory in the frame store.",
-    "metadata_bytes": "Memory of the broker's tables.",
-}
-"""What it is now, with the HELP line of each."""
+
+def meanings() -> dict[str, str]:
+    """Return what is written under each field of `Stats`: its HELP line."""
+    (declared,) = ast.parse(inspect.getsource(Stats)).body
+    assert isinstance(declared, ast.ClassDef)
+    found = {}
+    for field, text in itertools.pairwise(declared.body):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(said))):
+                found[name] = " ".join(said.split())
+    return found
 
 
 def exposition(status: Mapping[str, Any] | None, stats: Stats) -> str:
@@ -62,11 +54,12 @@ def _samples(status: Mapping[str, Any] | None, stats: Stats) -> Iterator[str]:
         yield _sample(
             "broker_uptime_seconds", "gauge", "How long the broker has been running.", status["uptime_seconds"]
         )
+    explained = meanings()
     for name, value in dataclasses.asdict(stats).items():
         if name in COUNTERS:
-            yield _sample(f"{name}_total", "counter", COUNTERS[name], value)
+            yield _sample(f"{name}_total", "counter", explained[name], value)
         else:
-            yield _sample(name, "gauge", GAUGES[name], value)
+            yield _sample(name, "gauge", explained[name], value)
 
 
 def _sample(name: str, kind: Literal["counter", "gauge"], meaning: str, value: float) -> str:
