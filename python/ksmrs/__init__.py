@@ -30,6 +30,7 @@ from ksmrs._tunables import tunables
 if TYPE_CHECKING:
     from ksmrs._arrays import array, empty, full, zeros
     from ksmrs._doctor import Finding, doctor
+    from ksmrs._page_map import page_map
 
 _launch.configure_default()
 # A child of os.fork(), multiprocessing's among them, goes on merging with what it inherited.
@@ -64,6 +65,7 @@ __all__ = [
     "full",
     "madvise",
     "merge",
+    "page_map",
     "pinned",
     "process_stats",
     "stats",
@@ -83,6 +85,10 @@ def __getattr__(name: str) -> Any:
         from ksmrs import _doctor
 
         return getattr(_doctor, name)
+    if name == "page_map":
+        from ksmrs import _page_map
+
+        return _page_map.page_map
     raise AttributeError(f"module 'ksmrs' has no attribute {name!r}")
 
 

@@ -168,6 +168,21 @@ class Region(_ksmrs.Region):
         profit = saved * PAGE_SIZE - len(states) * _ksmrs.METADATA_PER_PAGE
         return RegionStats(pages=len(states), ksm_profit=profit, **counts)
 
+    def page_map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the state of each page, a `PageState`, as a new array: uint8, one dimension, one element per page.
+
+        Raises `ClosedRegionError` after `close`.
+        """
+        from ksmrs import _page_map  # noqa: PLC0415 (NumPy, as above)
+
+        return _page_map.states(self)
+
+    def page_map_image(self, path: str | os.PathLike[str]) -> None:
+        """Write a PNG in which each pixel is a page; see `ksmrs.page_map`, which draws several regions."""
+        from ksmrs import _page_map  # noqa: PLC0415
+
+        _page_map.page_map(path, self)
+
     def close(self) -> None:
         """Unmerge everything and take the memory out of ksmrs; closing again does nothing.
 
