@@ -24,6 +24,7 @@ from ksmrs._errors import (
     UnknownKnobError,
     UnsupportedError,
 )
+from ksmrs._events import Event, events
 from ksmrs._region import PAGE_SIZE, PageState, Region, RegionStats
 from ksmrs._tunables import tunables
 
@@ -44,6 +45,7 @@ __all__ = [
     "BrokerError",
     "ClosedRegionError",
     "DtypeError",
+    "Event",
     "Finding",
     "ForeignMemoryError",
     "KsmrsError",
@@ -62,6 +64,7 @@ __all__ = [
     "disconnect",
     "doctor",
     "empty",
+    "events",
     "full",
     "madvise",
     "merge",

@@ -95,8 +95,8 @@ class ProcessStats:
     merges: int = 0
     """Pages of this process that were merged, ever."""
     breaks: int = 0
-    """Merged pages of this process that were given memory of their own again by ksmrs, ever; the kernel's own copies, in
-    private regions, are in `Stats.cow_ksm`."""
+    """Merged pages of this process that were written and have memory of their own again, ever. In private regions the kernel
+    copies and tells nobody: such a page counts when a scan finds it."""
     adopted_bytes: int = 0
     """Memory that this program made and opted in."""
     out_of_phase_bytes: int = 0
