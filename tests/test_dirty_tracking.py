@@ -192,3 +192,18 @@ def test_where_the_kernel_refuses_pages_are_read() -> None:
 
 def test_nothing_is_tracked_before_the_first_region() -> None:
     assert run("print(ksmrs.process_stats().dirty_tracking)").strip() == ksmrs.ProcessStats().dirty_tracking
+
+
+def test_connections_that_end_at_once_leave_no_userfaultfd(runtime_dir: object) -> None:
+    run(
+        """
+        from conftest import ksmrs_objects, nothing_left
+        for turn in range(300):
+            region = ksmrs.Region(2 * 4096)
+            ksmrs.connect()
+            region.close()
+            ksmrs.disconnect()
+            if turn % 30 == 29:
+                wait_for(nothing_left, f"the end of {ksmrs_objects()}", 5)
+        """
+    )

@@ -66,6 +66,10 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
                 let mut fresh = ScanTools::new(*checksummer, store, pagemap.ok());
                 // Even where nothing will be known, for what is known now is under another key.
                 fresh.tracks = mailbox.tracker.renew() && fresh.pagemap.is_some();
+                if current.load(Ordering::Acquire) != link {
+                    // Whoever lost that connection closed the tracker before it was renewed here.
+                    mailbox.tracker.close();
+                }
                 tools = Some(fresh);
             }
             Job::Scan {
