@@ -136,8 +136,9 @@ impl Default for Tunables {
     }
 }
 
-/// More than this many references would not fit a frame's 16-bit counts (a broken page counts twice).
-pub(crate) const MOST_SHARING: u32 = 32_000;
+/// More than this many references would not fit a frame's 16-bit counts: a page that is detached, then broken, then given other memory
+/// counts three times until its epochs are sealed.
+pub(crate) const MOST_SHARING: u32 = 21_000;
 
 /// Name, field, lowest and highest value of each numeric knob.
 macro_rules! numeric_knobs {
