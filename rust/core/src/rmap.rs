@@ -198,6 +198,7 @@ impl Rmap {
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::tunables::MOST_SHARING;
 
     const CLIENT: ClientId = ClientId(1);
 
@@ -258,6 +259,37 @@ mod tests {
         rmap.vanish(Place::Merged(slot));
         rmap.retire(slot, CLIENT, Epoch(1));
         assert_eq!(rmap.next_punch(), None);
+        rmap.sealed(CLIENT, Epoch(1));
+        assert_eq!(rmap.next_punch(), Some((slot, 1)));
+        assert_eq!(rmap.frames.taken(), 0);
+    }
+
+    /// What a client may make of a page that shows a frame, one step a look, while its epochs stay unsealed: each step leaves one
+    /// more reference in limbo.
+    #[test]
+    fn a_record_counts_whatever_becomes_of_as_many_pages_as_may_share_a_frame() {
+        let (mut rmap, slot) = one_frame();
+        let mut accepted = 0;
+        while rmap.stable.find(&rmap.frames, Checksum(1), MOST_SHARING) == Some(slot) {
+            rmap.propose(slot);
+            rmap.enter(Place::Merged(slot));
+            rmap.withdraw(slot);
+            accepted += 1;
+        }
+        assert_eq!(accepted, MOST_SHARING - 1);
+        let steps = [
+            Place::Merged(slot),
+            Place::Detached(slot),
+            Place::Covering(slot),
+            Place::Own,
+        ];
+        for step in steps.windows(2) {
+            for _ in 0..=accepted {
+                rmap.enter(step[1]);
+                rmap.leave(step[0], CLIENT, Epoch(1));
+            }
+        }
+        assert_eq!(rmap.limbo.len(), 3 * u64::from(MOST_SHARING));
         rmap.sealed(CLIENT, Epoch(1));
         assert_eq!(rmap.next_punch(), Some((slot, 1)));
         assert_eq!(rmap.frames.taken(), 0);

@@ -136,8 +136,9 @@ impl Default for Tunables {
     }
 }
 
-/// More than this many references would not fit a frame's 16-bit counts (a broken page counts twice).
-pub(crate) const MOST_SHARING: u32 = 32_000;
+/// More than this many references would not fit a frame's 16-bit counts: a page that is detached, then broken, then given other memory
+/// counts three times until its epochs are sealed.
+pub(crate) const MOST_SHARING: u32 = 21_000;
 
 /// Name, field, lowest and highest value of each numeric knob.
 macro_rules! numeric_knobs {
@@ -237,19 +238,20 @@ fn parse(knob: &'static str, value: &str, low: u32, high: u32) -> Result<u32, Tu
         knob,
         value: value.to_owned(),
         allowed: if is_switch {
-            "1, y, t or on, or 0, n, f or off".to_owned()
+            "1, y, t, e or on, or 0, n, f, d or off".to_owned()
         } else {
             format!("{low} to {high}")
         },
     })
 }
 
-/// As the kernel's `kstrtobool`, which looks at the first letter, and at the second of "on" and "off".
+/// As the kernel's `kstrtobool`, which looks at the first letter, and at the second of "on" and "off". Those of "enabled" and "disabled"
+/// it knows of late (`lib/kstrtox.c`); older kernels refuse them.
 fn yes_or_no(value: &str) -> Option<bool> {
     let mut letters = value.chars().map(|letter| letter.to_ascii_lowercase());
     match (letters.next()?, letters.next()) {
-        ('y' | 't' | '1', _) | ('o', Some('n')) => Some(true),
-        ('n' | 'f' | '0', _) | ('o', Some('f')) => Some(false),
+        ('y' | 't' | 'e' | '1', _) | ('o', Some('n')) => Some(true),
+        ('n' | 'f' | 'd' | '0', _) | ('o', Some('f')) => Some(false),
         _ => None,
     }
 }
@@ -313,6 +315,8 @@ mod tests {
                 ("on\n", 1),
                 ("false", 0),
                 ("True", 1),
+                ("disabled", 0),
+                ("Enabled", 1),
                 ("00", 0),
                 ("1", 1),
             ] {
@@ -324,7 +328,7 @@ mod tests {
                 assert!(
                     refusal
                         .to_string()
-                        .ends_with("it takes 1, y, t or on, or 0, n, f or off"),
+                        .ends_with("it takes 1, y, t, e or on, or 0, n, f, d or off"),
                     "{refusal}"
                 );
             }
