@@ -93,9 +93,9 @@ impl Core {
         };
         let epoch = self.raise_epoch(id, epoch);
         let mut observations = observations.iter();
+        let (now, requested) = (self.now, self.pace.is_requested());
+        let rests = |region: &Region| region.rests(now) && !requested;
         for &range in &ranges {
-            let (now, requested) = (self.now, self.pace.is_requested());
-            let rests = |region: &Region| region.rests(now) && !requested;
             let region = self.regions.of(range.first).map(|region| (region.range, rests(region)));
             for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
                 if let Some((region, rests)) = region {
@@ -365,9 +365,6 @@ impl Core {
         for (index, &run) in runs.iter().enumerate() {
             let outcome = outcomes.get(index).copied().unwrap_or_default();
             self.run_mapped(id, run, &outcome, epoch);
-            if let Some(region) = self.regions.of_mut(run.first) {
-                region.answered(self.now, outcome.failure != Some(RunFailure::NotAlone));
-            }
             if outcome.failure == Some(RunFailure::WouldSplit) {
                 self.events.would_split += u64::from(run.pages);
             }
@@ -382,7 +379,11 @@ impl Core {
     }
 
     fn run_mapped(&mut self, id: ClientId, run: Run, outcome: &RunOutcome, epoch: Epoch) {
-        let region = self.regions.of(run.first).map(|region| region.range);
+        let (now, was_tried) = (self.now, outcome.failure != Some(RunFailure::NotAlone));
+        let region = self.regions.of_mut(run.first).map(|region| {
+            region.answered(now, was_tried);
+            region.range
+        });
         let has = |bits: &[u64; 8], i: usize| bits[i / 64] >> (i % 64) & 1 != 0;
         for (i, (page, slot)) in run.iter().enumerate() {
             let Some(region) = region else {
@@ -402,8 +403,8 @@ impl Core {
                 self.events.merges += 1;
                 self.events.cow += 1;
                 self.move_proposed(id, region, page, slot, Place::Covering(slot), epoch);
-            } else if outcome.failure == Some(RunFailure::NotAlone) {
-                // It was not tried, so nobody's clone shows it. To keep it for the next epoch would pile frames up for as long as
+            } else if !was_tried {
+                // So nobody's clone shows it. To keep it for the next epoch would pile frames up for as long as
                 // the other address space lives.
                 self.rmap.withdraw(slot);
             } else {

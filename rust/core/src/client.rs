@@ -9,6 +9,7 @@ use crate::limbo::Epoch;
 use crate::order::OrderId;
 use crate::page::PageNumber;
 use crate::region::{ClientId, RegionId};
+use crate::stats::in_tree;
 
 /// Where the scan, or run=2, goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -17,11 +18,6 @@ pub(crate) struct Cursor {
     pub region: usize,
     /// Pages of it that are done.
     pub pages: u32,
-}
-
-/// What an entry of a B-tree takes, whose nodes are three quarters full on the average of their fillings.
-pub(crate) const fn in_tree<T>() -> usize {
-    size_of::<T>() * 4 / 3
 }
 
 #[derive(Default)]

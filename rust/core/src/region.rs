@@ -3,8 +3,8 @@
 //! Hands out ranges of page numbers so that `number % 512` is the page's position in its 2 MiB window, and takes a range back
 //! only when its region left *and* no open order names a page of it any more. Relies on nothing; never looks at a page.
 
-use crate::client::in_tree;
 use crate::page::{PageNumber, PageRange, WINDOW};
+use crate::stats::in_tree;
 use hashbrown::HashMap;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -60,13 +60,13 @@ impl Region {
 
     /// Its client was asked to map pages of it, and was alone with its memory or was not.
     pub(crate) fn answered(&mut self, now: Duration, alone: bool) {
-        self.rest = match self.rest {
-            _ if alone => None,
-            // One answer says it for each run that was under way.
-            Some((until, length)) if now < until => Some((until, length)),
-            Some((_, length)) => Some((now + (length * 2).min(REST.1), (length * 2).min(REST.1))),
-            None => Some((now + REST.0, REST.0)),
-        };
+        if alone {
+            self.rest = None;
+        } else if !self.rests(now) {
+            // Not for each run that was under way: one answer says it for all of them.
+            let length = self.rest.map_or(REST.0, |(_, length)| (length * 2).min(REST.1));
+            self.rest = Some((now + length, length));
+        }
     }
 }
 

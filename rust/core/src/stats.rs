@@ -100,6 +100,11 @@ pub(crate) struct Events {
     pub zero: u64,
 }
 
+/// What an entry of a B-tree takes, whose nodes are three quarters full on the average of their fillings.
+pub(crate) const fn in_tree<T>() -> usize {
+    size_of::<T>() * 4 / 3
+}
+
 pub(crate) fn profit(pages: u64, items: u64) -> i64 {
     (pages * PAGE_SIZE).cast_signed() - (items * METADATA_PER_PAGE).cast_signed()
 }

@@ -19,7 +19,6 @@ struct Memory {
     pages_each: u32,
     /// Whether all clients hold the same.
     equal: bool,
-    knobs: &'static [(&'static str, &'static str)],
     passes: u64,
 }
 
@@ -49,7 +48,7 @@ impl Memory {
     }
 
     fn join(&self, core: &mut Core) {
-        for &(knob, value) in self.knobs {
+        for &(knob, value) in STEADY {
             core.set(knob, value).unwrap();
         }
         for client in 0..self.clients {
@@ -123,9 +122,11 @@ const STEADY: &[(&str, &str)] = &[
     ("advisor_mode", "none"),
     ("pages_to_scan", "100000"),
     ("smart_scan", "0"),
+    // A thousand pages on one frame, where so many are equal.
+    ("max_page_sharing", "2000"),
 ];
 
-fn check(memory: &Memory, is_what_it_says: impl Fn(&ksmrs_core::Stats, u64) -> bool) -> f64 {
+fn check(memory: &Memory, is_what_it_says: impl Fn(&ksmrs_core::Stats, u64) -> bool) {
     let (allocated, counted, core) = memory.measured();
     let stats = core.stats();
     println!(
@@ -143,7 +144,6 @@ fn check(memory: &Memory, is_what_it_says: impl Fn(&ksmrs_core::Stats, u64) -> b
         "core's own count is {counted}, the allocator's {allocated}"
     );
     assert!(allocated <= MOST, "{}: {allocated} bytes a page", memory.name);
-    allocated
 }
 
 /// Windows in a region: between them the tables have all the fillings that they can have.
@@ -151,15 +151,14 @@ const WINDOWS: [u32; 3] = [128, 168, 215];
 
 #[test]
 fn a_page_costs_at_most_32_bytes() {
+    let memory = |name, clients, pages_each, equal, passes| Memory {
+        name,
+        clients,
+        pages_each,
+        equal,
+        passes,
+    };
     for windows in WINDOWS {
-        let memory = |name, clients, pages_each, equal, passes| Memory {
-            name,
-            clients,
-            pages_each,
-            equal,
-            knobs: STEADY,
-            passes,
-        };
         let unique = memory("unlike any other, once seen", 2, windows * 512, false, 1);
         check(&unique, |stats, pages| stats.pages_volatile == pages);
         let candidates = memory("candidates", 2, windows * 512, false, 3);
@@ -167,18 +166,6 @@ fn a_page_costs_at_most_32_bytes() {
         let twice = memory("merged twice, in runs", 2, windows * 512, true, 4);
         check(&twice, |stats, pages| stats.pages_sharing == pages / 2);
     }
-    let often = Memory {
-        name: "merged a thousand times",
-        clients: 1000,
-        pages_each: 512,
-        equal: true,
-        knobs: &[
-            ("advisor_mode", "none"),
-            ("pages_to_scan", "100000"),
-            ("smart_scan", "0"),
-            ("max_page_sharing", "2000"),
-        ],
-        passes: 4,
-    };
+    let often = memory("merged a thousand times", 1000, 512, true, 4);
     check(&often, |stats, pages| stats.pages_shared == pages / 1000);
 }

@@ -100,11 +100,9 @@ struct Process {
     accompanied: bool,
 }
 
-impl Process {
-    fn is_shared(&self, number: u32) -> bool {
-        let shared = |area: &Area| area.kind == Kind::Shared && within(area.range, number);
-        self.areas.values().any(shared)
-    }
+fn is_shared(areas: &BTreeMap<RegionId, Area>, number: u32) -> bool {
+    let shared = |area: &Area| area.kind == Kind::Shared && within(area.range, number);
+    areas.values().any(shared)
 }
 
 /// What a forked child still shows, and the epoch of its fork.

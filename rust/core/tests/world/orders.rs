@@ -88,16 +88,17 @@ impl World {
         if process.stopped || count == 0 || process.open[n % count].done {
             return;
         }
-        let mut order = process.open[n % count].clone();
-        order.done = true;
-        let shared: BTreeSet<u32> = process
-            .pages
-            .keys()
-            .copied()
-            .filter(|&page| process.is_shared(page))
-            .collect();
-        let Process { pages, accompanied, .. } = &mut *process;
-        match &mut order.report {
+        let Process {
+            pages,
+            open,
+            areas,
+            accompanied,
+            ..
+        } = process;
+        let shared = |number| is_shared(areas, number);
+        let open = &mut open[n % count];
+        open.done = true;
+        match &mut open.report {
             Report::Scan { ranges, pass } => {
                 for number in numbers(ranges) {
                     let Some(page) = pages.get_mut(&number) else { continue };
@@ -119,7 +120,7 @@ impl World {
             Report::Map { runs, alone } => {
                 *alone = !*accompanied;
                 for (number, slot) in runs.iter().flat_map(|run| run.iter()) {
-                    let tried = *alone || !shared.contains(&number.0);
+                    let tried = *alone || !shared(number.0);
                     let Some(page) = pages.get_mut(&number.0).filter(|_| tried) else {
                         continue;
                     };
@@ -150,14 +151,13 @@ impl World {
                     };
                     page.own = Some(page.must);
                     page.word = match page.word {
-                        Word::Merged(slot) if !shared.contains(&number) => Word::Broken(slot),
+                        Word::Merged(slot) if !shared(number) => Word::Broken(slot),
                         Word::Merged(_) | Word::Zero => Word::Private,
                         word => word,
                     };
                 }
             }
         }
-        process.open[n % count] = order;
     }
 
     /// A report arrives; the broker reads the words only now.
@@ -225,7 +225,7 @@ impl World {
     }
 
     fn outcome(&mut self, id: ClientId, run: Run, alone: bool) -> RunOutcome {
-        let refused = !alone && self.process(id).is_shared(run.first.0);
+        let refused = !alone && is_shared(&self.process(id).areas, run.first.0);
         let mut outcome = RunOutcome {
             failure: refused.then_some(RunFailure::NotAlone),
             ..RunOutcome::default()
