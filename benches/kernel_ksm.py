@@ -135,14 +135,14 @@ def _turn_all(values: Mapping[str, int | str]) -> None:
 
 
 @contextmanager
-def turned(knobs: Mapping[str, int | str]) -> Iterator[None]:
+def turned(wanted: Mapping[str, int | str]) -> Iterator[None]:
     """With these knobs, and afterwards with all of them as they were, whatever was turned meanwhile.
 
     What is merged is unmerged before and after. Knobs that this kernel does not have are left out.
     """
-    before: dict[str, int | str] = {name: knob(name) for name in KNOBS if (KSM / name).exists()}
+    before = knobs()
     try:
-        _turn_all({**before, **knobs})
+        _turn_all({**before, **wanted})
         yield
     finally:
         _turn_all(before)

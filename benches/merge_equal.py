@@ -145,16 +145,21 @@ def measure(workers: Workers, engine_cpu: Any, merge: Any, pages: int) -> dict[s
     }
 
 
+def until(counted: Callable[[], int], wanted: int, patience: float = PATIENCE_SECONDS, pause: float = 0.002) -> None:
+    """Wait until so many pages are counted, looking again after each pause."""
+    deadline = time.monotonic() + patience
+    while (found := counted()) < wanted:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"{found} pages of {wanted} in {patience} s")
+        time.sleep(pause)
+
+
 def run_kernel(kind: str, nbytes: int, count: int) -> dict[str, float]:
     pages = nbytes // PAGE * count
 
     def merge() -> None:
         workers.ask("opt in")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while kernel_ksm.counter("pages_shared") + kernel_ksm.counter("pages_sharing") < pages:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"kernel KSM merged less than everything in {PATIENCE_SECONDS} s")
-            time.sleep(0.002)
+        until(lambda: kernel_ksm.counter("pages_shared") + kernel_ksm.counter("pages_sharing"), pages)
 
     with Workers(kind, nbytes, count) as workers, kernel_ksm.tuned_to_the_maximum():
         return measure(workers, kernel_ksm.ksmd_seconds, merge, pages)

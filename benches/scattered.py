@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import kernel_ksm
 import ksmrs
-from merge_equal import MIB, PAGE, PATIENCE_SECONDS, Workers, fresh_broker, measure, warm
+from merge_equal import MIB, PAGE, PATIENCE_SECONDS, Workers, fresh_broker, measure, until, warm
 
 PROCESSES = 2
 
@@ -42,11 +41,7 @@ def figures(
 def by_kernel(nbytes: int) -> dict[str, float]:
     def merge() -> None:
         workers.ask("opt in")
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while kernel_ksm.counter("pages_sharing") * PAGE < nbytes:
-            if time.monotonic() > deadline:
-                raise SystemExit(f"kernel KSM merged less than everything in {PATIENCE_SECONDS} s")
-            time.sleep(0.002)
+        until(lambda: kernel_ksm.counter("pages_sharing"), nbytes // PAGE)
 
     with Workers("kernel", nbytes, PROCESSES, scattered=True) as workers, kernel_ksm.tuned_to_the_maximum():
         return figures(workers, kernel_ksm.ksmd_seconds, merge, lambda: kernel_ksm.counter("pages_sharing"), nbytes)

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 
 import kernel_ksm
 import ksmrs
-from merge_equal import MIB, PAGE, Workers, fresh_broker, measure, warm
+from merge_equal import MIB, PAGE, Workers, fresh_broker, measure, until, warm
 
 PART = 0.9
 PATIENCE_SECONDS = 300
@@ -32,11 +31,7 @@ KERNEL_DEFAULTS: dict[str, int | str] = {
 
 
 def until_saved(sharing: Callable[[], int], wanted: int) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while sharing() < wanted:
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{sharing()} pages of {wanted} saved in {PATIENCE_SECONDS} s")
-        time.sleep(0.02)
+    until(sharing, wanted, PATIENCE_SECONDS, pause=0.02)
 
 
 def by_kernel(nbytes: int, count: int, wanted: int) -> dict[str, float]:
