@@ -168,12 +168,14 @@ impl Domain {
                 client,
                 order,
                 pass,
+                nodes,
                 ranges,
             } => {
                 let parts: Vec<Part> = ranges.iter().map(|&range| self.locate(range)).collect();
                 let message = ToClient::Scan {
                     order: order.0,
                     pass,
+                    nodes,
                     ranges: as_ranges(&parts),
                 };
                 (client, order, message, Task::Scan { pass, parts })

@@ -5,6 +5,7 @@
 
 use ksmrs_core::{Checksum, Fill, Slot};
 use ksmrs_sys::failpoint::{self, Failpoint};
+use ksmrs_sys::numa::Preferred;
 use ksmrs_sys::store::{HASHED_AT_ONCE, Store};
 use ksmrs_sys::{EXTENT_PAGES, SysError};
 
@@ -22,6 +23,7 @@ impl Domain {
         let Some(staging) = &session.staging else {
             return checksums.extend((0..pages).map(|_| None));
         };
+        let _preferred = self.prefer(fill.node);
         if fill.whole_extent {
             self.make_huge(slot, pages);
         }
@@ -33,7 +35,10 @@ impl Domain {
     /// Copies frames to the slots that they move to, and tells core.
     pub(crate) fn move_frames(&mut self, frames: &[(Slot, Slot)]) {
         let mut checksums = Vec::with_capacity(frames.len());
-        for run in frames.chunk_by(|one, next| one.1.stepped(1) == next.1) {
+        let together = |one: Slot, next: Slot| self.core.node_of(one) == self.core.node_of(next);
+        let runs = frames.chunk_by(|one, next| one.1.stepped(1) == next.1 && together(one.0, next.0));
+        for run in runs.collect::<Vec<_>>() {
+            let _preferred = self.prefer(self.core.node_of(run[0].0));
             let from: Vec<ksmrs_sys::Slot> = run.iter().map(|&(from, _)| in_store(from)).collect();
             let to = in_store(run[0].1);
             self.make_huge(to, run.len() as u32);
@@ -43,6 +48,12 @@ impl Domain {
         }
         failpoint::hit(Failpoint::BrokerFilled);
         self.core.moved(&checksums);
+    }
+
+    /// Frames that are about to be written get memory of this node, where there is some.
+    fn prefer(&self, node: Option<u8>) -> Option<Preferred> {
+        let refused = |error: &SysError| tracing::debug!(domain = self.name, node, %error, "frames lie anywhere");
+        Preferred::node(node?).inspect_err(refused).ok()
     }
 
     /// Frames that are about to be written: one huge page if they are a whole extent.

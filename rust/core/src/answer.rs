@@ -81,16 +81,20 @@ pub struct Fill {
     pub pages: u16,
     /// They are a whole fresh extent, worth making huge before it is written.
     pub whole_extent: bool,
+    /// The NUMA node that they belong to, while nodes count.
+    pub node: Option<u8>,
 }
 
 impl Core {
     /// The answer to a Scan: one observation per page of the order, in its order. Missing ones are pages not looked at.
     pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
         self.now = self.now.max(now);
-        let is_scan = |task: &Task| matches!(task, Task::Scan(_));
-        let Some((id, Task::Scan(ranges))) = self.close(order, is_scan) else {
+        let is_scan = |task: &Task| matches!(task, Task::Scan { .. });
+        let Some((id, Task::Scan { ranges, nodes })) = self.close(order, is_scan) else {
             return;
         };
+        // Of an order that left before the knob changed, the checksums are others.
+        let comparable = nodes == self.tunables.nodes_count();
         let epoch = self.raise_epoch(id, epoch);
         let mut observations = observations.iter();
         let (now, requested) = (self.now, self.pace.is_requested());
@@ -99,11 +103,16 @@ impl Core {
             let region = self.regions.of(range.first).map(|region| (region.range, rests(region)));
             for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
                 if let Some((region, rests)) = region {
-                    self.observe(id, region, page, *observation, epoch, rests);
+                    let checksum = observation.checksum.filter(|_| comparable);
+                    let observation = Observation {
+                        checksum,
+                        ..*observation
+                    };
+                    self.observe(id, region, page, observation, epoch, rests);
                 }
             }
         }
-        self.unpin(&Task::Scan(ranges));
+        self.unpin(&Task::Scan { ranges, nodes });
         if self.pace.wake.is_some() {
             self.pace.wake = Some(self.now + self.pause());
         }
@@ -214,8 +223,13 @@ impl Core {
 
     /// Finds an equal for a page with this content, or files it as a candidate.
     fn place(&mut self, id: ClientId, page: PageNumber, checksum: Checksum) {
-        if checksum == self.zero && self.tunables.use_zero_pages == 1 {
+        let nodes = self.tunables.nodes_count();
+        // As in the kernel, the page of zeros is every node's.
+        if checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1 {
             return self.propose(id, page, Slot::ZERO);
+        }
+        if nodes && checksum.node() == Checksum::NO_NODE {
+            return self.mark(page, Mark::Unshared, true);
         }
         let most = self.tunables.max_page_sharing;
         if let Some(slot) = self.rmap.stable.find(&self.rmap.frames, checksum, most) {
@@ -261,6 +275,7 @@ impl Core {
             return Vec::new();
         };
         let (mut fills, mut filling): (Vec<Fill>, Vec<_>) = (Vec::new(), Vec::new());
+        let nodes = self.tunables.nodes_count();
         for (index, (_, founding, slot)) in entries.into_iter().enumerate() {
             if !copied(index) || !self.foundings.is_live(founding) {
                 self.end_founding(founding);
@@ -269,10 +284,12 @@ impl Core {
                 continue;
             }
             filling.push((founding, slot));
+            let node = nodes.then(|| self.foundings.checksum(founding).node());
             match fills.last_mut() {
                 Some(fill)
                     if usize::from(fill.staging_index + fill.pages) == index
-                        && fill.slot.0 + u32::from(fill.pages) == slot.0 =>
+                        && fill.slot.0 + u32::from(fill.pages) == slot.0
+                        && fill.node == node =>
                 {
                     fill.pages += 1;
                 }
@@ -281,6 +298,7 @@ impl Core {
                     slot,
                     pages: 1,
                     whole_extent: false,
+                    node,
                 }),
             }
         }
@@ -300,8 +318,14 @@ impl Core {
         fills
     }
 
-    /// The frames of a Stage are filled: the checksum of each *frame*, in the order of the fills; `None` where it could not
-    /// be written.
+    /// Whether a frame that was written holds what was expected; its checksum has no node in it.
+    pub(crate) fn is_of(&self, found: Option<Checksum>, expected: Option<Checksum>) -> bool {
+        let content = |checksum: Checksum| checksum.content(self.tunables.nodes_count());
+        found.map(content) == expected.map(content)
+    }
+
+    /// The frames of a Stage are filled: the checksum of each *frame*, in the order of the fills, without a node in it; `None`
+    /// where it could not be written.
     pub fn filled(&mut self, order: OrderId, checksums: &[Option<Checksum>]) {
         if !self
             .orders
@@ -335,7 +359,7 @@ impl Core {
                 self.pages.mark(page, Mark::Busy, false);
             }
             // A frame for one page saves nothing; a frame of another content was staged from a page that changed.
-            if planned < 2 || found.map(Checksum::masked) != expected {
+            if planned < 2 || !self.is_of(found, expected) {
                 self.rmap.abandon(slot, true);
                 continue;
             }
@@ -466,7 +490,7 @@ impl Core {
         };
         let epoch = self.raise_epoch(id, epoch);
         match &task {
-            Task::Scan(_) | Task::Fill(_) => {}
+            Task::Scan { .. } | Task::Fill(_) => {}
             Task::Stage(entries) => self.abandon_stage(entries),
             Task::Map(runs) => {
                 for (page, slot) in runs.iter().flat_map(|run| run.iter()) {

@@ -146,7 +146,7 @@ impl Core {
         for page in task.pinned() {
             self.regions.pin(page);
         }
-        let for_scanner = matches!(task, Task::Scan(_) | Task::Stage(_));
+        let for_scanner = matches!(task, Task::Scan { .. } | Task::Stage(_));
         let order = self.orders.open(id, task, self.now);
         if let Some(client) = self.clients.get_mut(&id) {
             *(if for_scanner {
@@ -158,25 +158,32 @@ impl Core {
         order
     }
 
-    /// run=2 begins: what is not merged yet is dropped, and counting starts anew.
-    pub(crate) fn begin_unmerge(&mut self) {
+    /// Nobody is a candidate any more, nor on its way into the stable tree: what comes of it is found anew.
+    pub(crate) fn drop_candidates(&mut self) {
         for founding in self.foundings.live() {
             self.end_founding(founding);
         }
         self.unstable.empty();
+        let mut stages = Vec::new();
+        self.each_client(|client| stages.append(&mut client.stages));
+        for (_, founding) in stages {
+            self.foundings.forget(founding);
+        }
+    }
+
+    /// run=2 begins: what is not merged yet is dropped, and counting starts anew.
+    pub(crate) fn begin_unmerge(&mut self) {
+        self.drop_candidates();
         self.events.full_scans = 0;
         let ids: Vec<ClientId> = self.clients.keys().copied().collect();
         for id in ids {
             let Some(client) = self.clients.get_mut(&id) else {
                 continue;
             };
-            let (maps, stages) = (std::mem::take(&mut client.maps), std::mem::take(&mut client.stages));
+            let maps = std::mem::take(&mut client.maps);
             (client.unmap, client.unmapped, client.rests) = Default::default();
             let regions = client.regions.clone();
             self.withdraw(&maps);
-            for (_, founding) in stages {
-                self.foundings.forget(founding);
-            }
             for range in regions
                 .into_iter()
                 .filter_map(|region| self.regions.get(region).map(|region| region.range))
@@ -477,11 +484,13 @@ impl Core {
             self.advisor.look(self.now, self.pause());
             self.look_for_rifts(&ranges);
         }
-        let order = self.open(id, Task::Scan(ranges.clone()));
+        let (nodes, asked) = (self.tunables.nodes_count(), ranges.clone());
+        let order = self.open(id, Task::Scan { ranges: asked, nodes });
         Some(Decision::Scan {
             client: id,
             order,
             pass: self.pass,
+            nodes,
             ranges,
         })
     }

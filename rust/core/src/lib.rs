@@ -62,6 +62,7 @@ use rmap::Rmap;
 use stats::Events;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
+use tunables::InUse;
 use unstable::UnstableTree;
 
 /// Which of a client's queues.
@@ -169,7 +170,15 @@ impl Core {
     /// [`TunableError`]; nothing changes then.
     pub fn set(&mut self, knob: &str, value: &str) -> Result<(), TunableError> {
         let (before, mode) = (self.tunables.run, self.tunables.advisor_mode);
-        self.tunables.set(knob, value, u64::from(self.rmap.shared))?;
+        let nodes = self.tunables.nodes_count();
+        let in_use = InUse {
+            pages_shared: u64::from(self.rmap.shared),
+            pages_proposed: self.pages_proposed(),
+        };
+        self.tunables.set(knob, value, in_use)?;
+        if nodes != self.tunables.nodes_count() {
+            self.drop_candidates();
+        }
         if mode != self.tunables.advisor_mode {
             self.advisor.reset();
             self.pace.start_afresh();
@@ -219,7 +228,7 @@ impl Core {
             regions_shared: self.regions.shared,
             clients: self.clients.len() as u64,
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
-            pages_proposed: self.waiting_maps + self.orders.pages_proposed(),
+            pages_proposed: self.pages_proposed(),
             merges: events.merges,
             pages_migrated: events.migrated,
             pages_unmerged_by_budget: events.over_budget,
@@ -227,6 +236,17 @@ impl Core {
             pages_disbelieved: events.disbelieved,
             references_in_limbo: self.rmap.limbo.len(),
         }
+    }
+
+    /// Pages that were offered a frame and have not answered.
+    fn pages_proposed(&self) -> u64 {
+        self.waiting_maps + self.orders.pages_proposed()
+    }
+
+    /// The NUMA node that a frame belongs to, while nodes count.
+    pub fn node_of(&self, slot: Slot) -> Option<u8> {
+        let nodes = self.tunables.nodes_count();
+        nodes.then(|| self.rmap.frames.get(slot).checksum().node())
     }
 
     /// Passes completed: the one counter that a driver looks at all the time.
@@ -275,7 +295,7 @@ impl Core {
         let scanning = client.scanner.is_some_and(|order| {
             self.orders
                 .get(order)
-                .is_some_and(|order| matches!(order.task, Task::Scan(_)))
+                .is_some_and(|order| matches!(order.task, Task::Scan { .. }))
         });
         let in_pass = planned && (!client.scanned || scanning);
         let active = if planned {

@@ -236,7 +236,9 @@ impl Core {
             let mut frames: Vec<(Slot, Slot)> = targets.into_iter().collect();
             frames.sort_unstable_by_key(|&(_, to)| to);
             let (first, last) = (frames.first()?.1, frames.last()?.1);
-            if first.0.is_multiple_of(WINDOW) && last == first.stepped(WINDOW - 1) && frames.len() == WINDOW as usize {
+            let node = self.node_of(frames[0].0);
+            let whole = last == first.stepped(WINDOW - 1) && frames.len() == WINDOW as usize;
+            if first.0.is_multiple_of(WINDOW) && whole && frames.iter().all(|&(from, _)| self.node_of(from) == node) {
                 self.rmap.frames.set_huge(first);
             }
             self.migration.moving = frames.clone();
@@ -360,8 +362,8 @@ impl Core {
         }
     }
 
-    /// The frames of a [`Decision::Move`] are copied: the checksum of each *new* frame, in its order; `None` where it could not be
-    /// written. Whoever shows an old one is asked to show the new one.
+    /// The frames of a [`Decision::Move`] are copied: the checksum of each *new* frame, in its order, without a node in it;
+    /// `None` where it could not be written. Whoever shows an old one is asked to show the new one.
     pub fn moved(&mut self, checksums: &[Option<Checksum>]) {
         let checksums = checksums.iter().copied().chain(std::iter::repeat(None));
         let mut touched: BTreeSet<ClientId> = BTreeSet::new();
@@ -370,7 +372,7 @@ impl Core {
                 self.rmap.abandon(to, true);
                 continue;
             };
-            if found.map(Checksum::masked) != Some(self.rmap.frames.get(from).checksum()) {
+            if !self.is_of(found, Some(self.rmap.frames.get(from).checksum())) {
                 self.rmap.abandon(to, true);
                 continue;
             }

@@ -33,6 +33,8 @@ pub enum Decision {
         order: OrderId,
         /// The number of the pass, never 0: a checksum that took its value in this pass has *changed*.
         pass: u16,
+        /// Whether each checksum is to have its page's NUMA node in it: [`Checksum::on_node`](crate::Checksum::on_node).
+        nodes: bool,
         /// At most [`MAX_RANGES`] of at most [`MAX_SCAN_PAGES`] pages together.
         ranges: Vec<PageRange>,
     },
@@ -66,7 +68,8 @@ pub enum Decision {
         why: Why,
     },
     /// Copy the frames of the first slots to the second, which nobody shows; hash what was written and answer with
-    /// [`Core::moved`](crate::Core::moved), before anything else is asked of core.
+    /// [`Core::moved`](crate::Core::moved), before anything else is asked of core. A copy stays on the node of its frame
+    /// ([`Core::node_of`](crate::Core::node_of)).
     Move {
         /// At most [`WINDOW`](crate::WINDOW), in the order of the second slots; so many are a whole fresh extent if they begin one.
         frames: Vec<(Slot, Slot)>,
@@ -93,7 +96,11 @@ pub const MAX_STAGE_PAGES: usize = 512;
 
 /// What an open order was about.
 pub(crate) enum Task {
-    Scan(Vec<PageRange>),
+    Scan {
+        ranges: Vec<PageRange>,
+        /// Whether nodes counted when it left.
+        nodes: bool,
+    },
     /// Each page, whose content it founds, and the slot taken for it.
     Stage(Vec<(PageNumber, FoundingId, Slot)>),
     /// Staged; the broker fills the frames now.
@@ -106,7 +113,7 @@ impl Task {
     /// Pages whose regions must keep their numbers until the answer: one per range is enough.
     pub(crate) fn pinned(&self) -> Vec<PageNumber> {
         match self {
-            Task::Scan(ranges) | Task::Unmap(ranges) => ranges.iter().map(|range| range.first).collect(),
+            Task::Scan { ranges, .. } | Task::Unmap(ranges) => ranges.iter().map(|range| range.first).collect(),
             Task::Map(runs) => runs.iter().map(|run| run.first).collect(),
             // Foundings lose pages of a region when it leaves.
             Task::Stage(_) | Task::Fill(_) => Vec::new(),
@@ -210,8 +217,8 @@ mod tests {
     #[test]
     fn an_overdue_order_is_told_once() {
         let mut orders = Orders::default();
-        let a = orders.open(ClientId(1), Task::Scan(vec![]), Duration::ZERO);
-        let b = orders.open(ClientId(2), Task::Scan(vec![]), Duration::from_secs(1));
+        let a = orders.open(ClientId(1), Task::Unmap(vec![]), Duration::ZERO);
+        let b = orders.open(ClientId(2), Task::Unmap(vec![]), Duration::from_secs(1));
         assert_eq!(orders.next_overdue(Duration::from_secs(4)), None);
         orders.close(a);
         assert_eq!(orders.next_overdue(Duration::from_secs(5)), None);

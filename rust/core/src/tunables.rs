@@ -26,12 +26,17 @@ pub enum TunableError {
         allowed: String,
     },
     /// The knob cannot change while pages are merged (the kernel's EBUSY).
-    #[error("{knob} cannot change while {pages_shared} frames are shared; set run=2 and wait until pages_shared is 0")]
+    #[error(
+        "{knob} cannot change while {pages_shared} frames are shared and {pages_proposed} pages are on their way to one; \
+         set run=2 and wait until pages_shared and pages_proposed are 0"
+    )]
     Busy {
         /// The knob.
         knob: &'static str,
-        /// Frames in use.
+        /// Frames that pages show.
         pages_shared: u64,
+        /// Pages that were offered one and have not answered.
+        pages_proposed: u64,
     },
     /// The advisor sets `pages_to_scan`.
     #[error("pages_to_scan cannot be set while the advisor sets it; set advisor_mode=none first")]
@@ -88,7 +93,7 @@ pub struct Tunables {
     pub pages_to_scan: u32,
     /// Pause between batches.
     pub sleep_millisecs: u32,
-    /// Whether pages of different NUMA nodes merge.
+    /// Whether pages of different NUMA nodes merge, 1 or 0.
     pub merge_across_nodes: u32,
     /// Whether zero pages merge with no memory at all.
     pub use_zero_pages: u32,
@@ -159,13 +164,13 @@ macro_rules! numeric_knobs {
                 }
             }
 
-            /// Sets a knob from text; `pages_shared` decides about those that need it to be 0.
-            pub(crate) fn set(&mut self, knob: &str, value: &str, pages_shared: u64) -> Result<(), TunableError> {
+            /// Sets a knob from text; some need that nothing is merged.
+            pub(crate) fn set(&mut self, knob: &str, value: &str, in_use: InUse) -> Result<(), TunableError> {
                 match knob {
                     $(stringify!($name) => {
                         let number = parse(stringify!($name), value, $low, $high)?;
                         if number != self.$name {
-                            refuse_if_busy(stringify!($name), pages_shared)?;
+                            refuse_if_busy(stringify!($name), in_use)?;
                         }
                         if stringify!($name) == "pages_to_scan" && self.is_advised() {
                             return Err(TunableError::Advised);
@@ -202,6 +207,11 @@ numeric_knobs! {
 }
 
 impl Tunables {
+    /// Whether pages merge only with pages of the same NUMA node.
+    pub fn nodes_count(&self) -> bool {
+        self.merge_across_nodes == 0
+    }
+
     /// Whether the advisor sets `pages_to_scan`.
     pub(crate) fn is_advised(&self) -> bool {
         self.advisor_mode == AdvisorMode::ScanTime
@@ -256,9 +266,30 @@ fn yes_or_no(value: &str) -> Option<bool> {
     }
 }
 
-fn refuse_if_busy(knob: &'static str, pages_shared: u64) -> Result<(), TunableError> {
-    if pages_shared > 0 && matches!(knob, "max_page_sharing" | "merge_across_nodes") {
-        return Err(TunableError::Busy { knob, pages_shared });
+/// What forbids that some knobs change.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct InUse {
+    pub(crate) pages_shared: u64,
+    pub(crate) pages_proposed: u64,
+}
+
+fn refuse_if_busy(knob: &'static str, in_use: InUse) -> Result<(), TunableError> {
+    let InUse {
+        pages_shared,
+        pages_proposed,
+    } = in_use;
+    let busy = match knob {
+        "max_page_sharing" => pages_shared > 0,
+        // Who is on its way to a frame would show one of another node than its own.
+        "merge_across_nodes" => pages_shared + pages_proposed > 0,
+        _ => false,
+    };
+    if busy {
+        return Err(TunableError::Busy {
+            knob,
+            pages_shared,
+            pages_proposed,
+        });
     }
     Ok(())
 }
@@ -267,17 +298,22 @@ fn refuse_if_busy(knob: &'static str, pages_shared: u64) -> Result<(), TunableEr
 mod tests {
     use super::*;
 
+    const SHARED: InUse = InUse {
+        pages_shared: 4,
+        pages_proposed: 0,
+    };
+
     #[test]
     fn every_knob_reads_back_what_was_set() {
         let mut tunables = Tunables::default();
-        tunables.set("advisor_mode", "none", 1).unwrap();
+        tunables.set("advisor_mode", "none", SHARED).unwrap();
         let before = tunables.clone();
         for &knob in Tunables::NAMES {
             let value = tunables.get(knob).unwrap();
-            assert_eq!(tunables.set(knob, &value, 1), Ok(()));
+            assert_eq!(tunables.set(knob, &value, SHARED), Ok(()));
         }
         assert_eq!(tunables, before);
-        tunables.set("pages_to_scan", "77\n", 0).unwrap();
+        tunables.set("pages_to_scan", "77\n", InUse::default()).unwrap();
         assert_eq!(tunables.get("pages_to_scan").unwrap(), "77");
     }
 
@@ -286,21 +322,23 @@ mod tests {
         let mut tunables = Tunables::default();
         assert_eq!(tunables.get("advisor_mode").unwrap(), "scan-time");
         for value in ["77", "500"] {
-            let refusal = tunables.set("pages_to_scan", value, 0).unwrap_err();
+            let refusal = tunables.set("pages_to_scan", value, InUse::default()).unwrap_err();
             assert_eq!(
                 refusal.to_string(),
                 "pages_to_scan cannot be set while the advisor sets it; set advisor_mode=none first"
             );
         }
-        tunables.set("advisor_mode", "scan-time\n", 0).unwrap();
+        tunables.set("advisor_mode", "scan-time\n", InUse::default()).unwrap();
         assert_eq!(tunables, Tunables::default());
-        tunables.set("advisor_mode", "none", 0).unwrap();
+        tunables.set("advisor_mode", "none", InUse::default()).unwrap();
         assert_eq!(tunables.pages_to_scan, DEFAULT_PAGES_TO_SCAN);
-        tunables.set("pages_to_scan", "77", 0).unwrap();
-        tunables.set("advisor_mode", "none", 0).unwrap();
+        tunables.set("pages_to_scan", "77", InUse::default()).unwrap();
+        tunables.set("advisor_mode", "none", InUse::default()).unwrap();
         assert_eq!(tunables.pages_to_scan, 77, "the same mode changes nothing");
-        tunables.set("advisor_min_pages_to_scan", "800", 0).unwrap();
-        tunables.set("advisor_mode", "scan-time", 0).unwrap();
+        tunables
+            .set("advisor_min_pages_to_scan", "800", InUse::default())
+            .unwrap();
+        tunables.set("advisor_mode", "scan-time", InUse::default()).unwrap();
         assert_eq!(tunables.pages_to_scan, 800);
     }
 
@@ -320,11 +358,11 @@ mod tests {
                 ("00", 0),
                 ("1", 1),
             ] {
-                tunables.set(knob, value, 9).unwrap();
+                tunables.set(knob, value, SHARED).unwrap();
                 assert_eq!(tunables.get(knob).unwrap(), is.to_string(), "{knob}={value}");
             }
             for value in ["2", "", "o", "oh", "-1", "maybe"] {
-                let refusal = tunables.set(knob, value, 0).unwrap_err();
+                let refusal = tunables.set(knob, value, InUse::default()).unwrap_err();
                 assert!(
                     refusal
                         .to_string()
@@ -333,9 +371,9 @@ mod tests {
                 );
             }
         }
-        assert!(tunables.set("run", "y", 0).is_err(), "a number");
+        assert!(tunables.set("run", "y", InUse::default()).is_err(), "a number");
         assert!(
-            tunables.set("merge_across_nodes", "n", 0).is_err(),
+            tunables.set("merge_across_nodes", "n", InUse::default()).is_err(),
             "a number there too"
         );
     }
@@ -345,7 +383,7 @@ mod tests {
         let mut tunables = Tunables::default();
         for (value, fits) in [("0", true), ("4294967295", true), ("4294967296", false), ("-1", false)] {
             for knob in ["stable_node_chains_prune_millisecs", "advisor_max_cpu"] {
-                assert_eq!(tunables.set(knob, value, 9).is_ok(), fits, "{knob}={value}");
+                assert_eq!(tunables.set(knob, value, SHARED).is_ok(), fits, "{knob}={value}");
             }
         }
     }
@@ -353,7 +391,7 @@ mod tests {
     #[test]
     fn a_refusal_names_knob_value_and_range_and_changes_nothing() {
         let mut tunables = Tunables::default();
-        let refusal = tunables.set("run", "3", 0).unwrap_err();
+        let refusal = tunables.set("run", "3", InUse::default()).unwrap_err();
         assert_eq!(refusal.to_string(), "run cannot be \"3\"; it takes 0 to 2");
         for (knob, value) in [
             ("run", "-1"),
@@ -362,22 +400,41 @@ mod tests {
             ("sleep_millisecs", "4294967296"),
         ] {
             assert!(
-                matches!(tunables.set(knob, value, 0), Err(TunableError::Invalid { .. })),
+                matches!(
+                    tunables.set(knob, value, InUse::default()),
+                    Err(TunableError::Invalid { .. })
+                ),
                 "{knob}={value}"
             );
         }
         assert!(matches!(
-            tunables.set("advisor_mode", "[none] scan-time", 0),
+            tunables.set("advisor_mode", "[none] scan-time", InUse::default()),
             Err(TunableError::Invalid { .. })
         ));
         assert!(matches!(
-            tunables.set("max_page_sharing", "9", 4),
+            tunables.set("max_page_sharing", "9", SHARED),
             Err(TunableError::Busy { pages_shared: 4, .. })
         ));
         assert!(matches!(
-            tunables.set("pages", "9", 0),
+            tunables.set("pages", "9", InUse::default()),
             Err(TunableError::Unknown { .. })
         ));
+        let proposed = InUse {
+            pages_shared: 0,
+            pages_proposed: 2,
+        };
+        for in_use in [SHARED, proposed] {
+            let refusal = tunables.set("merge_across_nodes", "0", in_use).unwrap_err();
+            assert_eq!(
+                refusal.to_string(),
+                format!(
+                    "merge_across_nodes cannot change while {} frames are shared and {} pages are on their way to one; \
+                     set run=2 and wait until pages_shared and pages_proposed are 0",
+                    in_use.pages_shared, in_use.pages_proposed
+                )
+            );
+            assert_eq!(tunables.set("merge_across_nodes", "1", in_use), Ok(()), "it is 1");
+        }
         assert_eq!(tunables, Tunables::default());
     }
 }

@@ -156,3 +156,35 @@ fn what_too_many_show_moves_in_parts_and_comes_together() {
         (PAGES.into(), u64::from(150 * PAGES))
     );
 }
+
+#[test]
+fn moved_frames_stay_on_their_nodes() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    world.core.set("merge_across_nodes", "0").unwrap();
+    let on_nodes = |world: &mut World, content: fn(u32) -> u32| {
+        let id = join(world, content);
+        for page in 0..PAGES {
+            world.migrate(id, page as usize, u8::from(content(page) % 64 < 32));
+        }
+        id
+    };
+    let founders = (0..2).map(|_| on_nodes(&mut world, scattered)).collect::<Vec<_>>();
+    world.merge();
+    let heirs: Vec<ClientId> = (0..2).map(|_| on_nodes(&mut world, straight)).collect();
+    world.merge();
+    for id in founders {
+        world.die(id);
+        world.seal(id);
+    }
+    assert!(rifts(&world, &heirs).iter().all(|&rifts| rifts > PAGES / 2));
+    let expected: Vec<Option<u8>> = (0..PAGES)
+        .map(|page| Some(u8::from(straight(page) % 64 < 32)))
+        .collect();
+    let stats = passes(&mut world, 8);
+    assert_eq!(rifts(&world, &heirs), [0, 0]);
+    assert!(world.moves > 0 && stats.pages_sharing == u64::from(PAGES), "{stats:?}");
+    for id in heirs {
+        assert_eq!(world.nodes_shown(id), expected);
+    }
+}

@@ -413,3 +413,148 @@ fn born_children_are_clients_of_their_own() {
     world.settle();
     assert_eq!((world.frames_in_store(), world.core.slots_taken()), (0, 0));
 }
+
+/// A client whose pages are all on one node.
+fn on_node(world: &mut World, pages: u32, node: u8) -> ClientId {
+    let id = world.join_client(false);
+    world.join_region(id, Kind::Private, pages, 0, |i| 10 + i);
+    for page in 0..pages {
+        world.migrate(id, page as usize, node);
+    }
+    id
+}
+
+fn counted(world: &World) -> (u64, u64, u64, u64) {
+    world.check_counts();
+    world.check_reads();
+    let stats = world.core.stats();
+    let shared = (stats.pages_shared, stats.pages_sharing);
+    (shared.0, shared.1, stats.pages_unshared, stats.pages_volatile)
+}
+
+#[test]
+fn pages_of_two_nodes_make_two_frames_unless_they_merge_across() {
+    let half = u64::from(WINDOW);
+    for (across, expected) in [("0", (2 * half, 2 * half, half, 0)), ("1", (half, 4 * half, 0, 0))] {
+        let mut world = World::with_slots(1, 64 * WINDOW);
+        world.disk_trouble = false;
+        world.core.set("merge_across_nodes", across).unwrap();
+        let ids = [0, 1, 0, 1, 2].map(|node| on_node(&mut world, WINDOW, node));
+        world.merge();
+        assert_eq!(counted(&world), expected, "merge_across_nodes={across}");
+        for (id, node) in ids.into_iter().zip([0, 1, 0, 1]) {
+            let expected = (across == "0").then_some(node);
+            assert_eq!(world.nodes_shown(id), vec![expected; WINDOW as usize]);
+        }
+    }
+}
+
+#[test]
+fn who_has_no_node_merges_with_nothing_but_zeros() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    world.core.set("merge_across_nodes", "0").unwrap();
+    for _ in 0..2 {
+        let id = world.join_client(false);
+        world.join_region(id, Kind::Private, 32, 0, |i| if i < 8 { 0 } else { 10 + i });
+        (0..32).for_each(|page| world.migrate(id, page, ksmrs_core::Checksum::NO_NODE));
+    }
+    world.merge();
+    assert_eq!(counted(&world), (0, 0, 48, 0));
+    assert_eq!(world.core.stats().ksm_zero_pages, 16);
+}
+
+#[test]
+fn a_page_that_the_kernel_moved_is_of_its_new_node() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    world.core.set("merge_across_nodes", "0").unwrap();
+    let ids = [0, 1].map(|node| on_node(&mut world, 32, node));
+    world.merge();
+    assert_eq!(counted(&world), (0, 0, 64, 0));
+    (0..32).for_each(|page| world.migrate(ids[0], page, 1));
+    world.merge();
+    assert_eq!(counted(&world), (32, 32, 0, 0));
+}
+
+#[test]
+fn nodes_begin_and_cease_to_count_while_nothing_is_merged() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    let ids = [0, 1].map(|node| on_node(&mut world, 32, node));
+    world.merge();
+    let refused = world.core.set("merge_across_nodes", "0").unwrap_err();
+    assert!(
+        matches!(refused, ksmrs_core::TunableError::Busy { pages_shared: 32, .. }),
+        "{refused}"
+    );
+    assert_eq!(world.core.set("merge_across_nodes", "1"), Ok(()), "it is 1");
+    for (across, expected) in [("0", (0, 0, 64, 0)), ("1", (32, 32, 0, 0)), ("0", (0, 0, 64, 0))] {
+        world.core.set("run", "2").unwrap();
+        while world.core.stats().pages_shared > 0 {
+            world.settle();
+            world.now += Duration::from_millis(20);
+        }
+        world.core.set("merge_across_nodes", across).unwrap();
+        world.core.set("run", "1").unwrap();
+        for (id, node) in ids.into_iter().zip([0, 1]) {
+            (0..32).for_each(|page| world.migrate(id, page, node));
+        }
+        world.merge();
+        assert_eq!(counted(&world), expected, "merge_across_nodes={across}");
+    }
+}
+
+/// Plays until a decision of this kind comes, carries out all others, and returns with it open.
+fn until(world: &mut World, client: ClientId, wanted: impl Fn(&World) -> bool) {
+    for _ in 0..1000 {
+        world.pump(1);
+        if wanted(world) {
+            return;
+        }
+        world.work(client, 0);
+        world.report(client, 0);
+    }
+    panic!("it does not come: {:?}", world.core.stats());
+}
+
+#[test]
+fn what_is_on_its_way_when_nodes_begin_to_count_merges_nothing_across() {
+    // A scan whose answer is late; a page about to be staged; one about to be mapped, which is in the way.
+    for stage in ["scan", "stage", "map"] {
+        let mut world = World::with_slots(1, 64 * WINDOW);
+        world.disk_trouble = false;
+        let id = on_node(&mut world, 64, 0);
+        for page in 0..32 {
+            world.write(id, 32 + page, 10 + page as u32);
+            world.migrate(id, 32 + page, 1);
+        }
+        world.core.request_merge(world.now);
+        match stage {
+            "scan" => {
+                until(&mut world, id, |world| world.scans == 1);
+                world.work(id, 0);
+            }
+            "stage" => until(&mut world, id, World::stages),
+            _ => until(&mut world, id, |world| world.core.stats().pages_proposed > 0),
+        }
+        let set = world.core.set("merge_across_nodes", "0");
+        if stage == "map" {
+            assert!(matches!(
+                set,
+                Err(ksmrs_core::TunableError::Busy {
+                    pages_shared: 0,
+                    pages_proposed: 64,
+                    ..
+                })
+            ));
+            continue;
+        }
+        set.unwrap();
+        for _ in 0..4 {
+            world.merge();
+        }
+        assert_eq!(counted(&world), (0, 0, 64, 0), "{stage}");
+        assert_eq!(world.frames_in_store(), 0, "{stage}");
+    }
+}

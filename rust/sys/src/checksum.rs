@@ -11,6 +11,8 @@ use twox_hash::XxHash3_64;
 pub const KEY_BYTES: usize = 16;
 const CHECKSUM_BITS: u32 = 48;
 const CHECKSUM_MASK: u64 = (1 << CHECKSUM_BITS) - 1;
+/// Bits of the hash where a page's NUMA node stands above them.
+const BESIDE_A_NODE: u32 = 40;
 /// xxh3 wants at least 136 bytes of secret; 192 is what its authors use.
 const SECRET_BYTES: usize = 192;
 
@@ -62,6 +64,18 @@ impl core::fmt::Debug for Checksummer {
     }
 }
 
+/// A checksum with the NUMA node of its page in the high 8 of the 48 bits, for pages that merge with those of their node only.
+pub(crate) const fn on_node(checksum48: u64, node: u8) -> u64 {
+    let hash = without_node(checksum48);
+    // A page has a checksum, whatever its bits.
+    (if hash == 0 { 1 } else { hash }) | (node as u64) << BESIDE_A_NODE
+}
+
+/// What of a checksum that has a node in it is the content's.
+pub(crate) const fn without_node(checksum48: u64) -> u64 {
+    checksum48 & ((1 << BESIDE_A_NODE) - 1)
+}
+
 /// A page's checksum word: the checksum in the low 48 bits, in the high 16 the pass in which it took this value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(transparent)]
@@ -105,6 +119,16 @@ mod tests {
         let mut last_byte = page;
         last_byte[PAGE_SIZE - 1] = 8;
         assert_ne!(one.page(&page), one.page(&last_byte));
+    }
+
+    #[test]
+    fn a_node_stands_above_forty_bits() {
+        for checksum in [CHECKSUM_MASK, 0xff << 40 | 9] {
+            let there = on_node(checksum, 3);
+            assert_eq!((there >> 40, without_node(there)), (3, checksum & 0xff_ffff_ffff));
+            assert_eq!(on_node(there, 0), without_node(checksum), "the other node is gone");
+        }
+        assert_eq!(on_node(0xff << 40, 0), 1, "it is not none");
     }
 
     #[test]

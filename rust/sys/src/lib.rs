@@ -25,6 +25,7 @@ pub mod life;
 mod mapping;
 pub mod maps;
 pub mod mutant;
+pub mod numa;
 pub mod object;
 pub mod page_table;
 pub mod pagemap;

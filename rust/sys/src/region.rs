@@ -51,6 +51,8 @@ pub struct Region {
     pub(crate) era: AtomicU32,
     pub(crate) holds: Mutex<Holds>,
     pub(crate) tracking: Tracking,
+    /// Whether its checksum words have NUMA nodes in them: `scan.rs`.
+    pub(crate) with_nodes: AtomicBool,
 }
 
 impl Region {
@@ -121,6 +123,7 @@ impl Region {
             era: AtomicU32::new(era),
             holds: Mutex::default(),
             tracking: Tracking::of(&view),
+            with_nodes: AtomicBool::new(false),
         })
     }
 

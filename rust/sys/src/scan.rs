@@ -2,15 +2,17 @@
 //!
 //! The scanner's side of `region.rs`: it reads what the program may be writing, so nothing it learns proves anything; evidence counts
 //! only against the words that were loaded before it was taken. Where the kernel keeps track of writes (`tracking.rs`), pages that
-//! were not written since they were last read are not read again; each is armed *before* it is read. It owns no page, but for one at
+//! were not written since they were last read are not read again; each is armed *before* it is read. Where nodes count (`numa.rs`) a
+//! checksum says where its page was when it was read. It owns no page, but for one at
 //! a time where the kernel does not say what it copied.
 
 use crate::bytes::PageBytes;
 use crate::careful::{self, Ahead};
-use crate::checksum::{ChecksumWord, Checksummer};
+use crate::checksum::{self, ChecksumWord, Checksummer};
 use crate::error::SysError;
 use crate::gate::Pass;
 use crate::mutant::{self, Mutant};
+use crate::numa::Nodes;
 use crate::pagemap::{Bits, Pagemap};
 use crate::protocol::{self, Evidence, Kind, Page, Span, Words};
 use crate::region::Region;
@@ -82,6 +84,8 @@ pub struct ScanTools {
     /// Pages that need no reading.
     clean: Bits,
     armed: Bits,
+    /// Where pages are, while that counts.
+    nodes: Option<Nodes>,
     page: Box<PageBytes>,
     /// The first page of the span that is being scanned.
     first: Page,
@@ -104,10 +108,23 @@ impl ScanTools {
             written: Bits::default(),
             clean: Bits::default(),
             armed: Bits::default(),
+            nodes: None,
             page,
             first: Page(0),
             ahead: Ahead::default(),
         }
+    }
+
+    /// From now on checksums have the pages' nodes in them, or have not.
+    pub fn count_nodes(&mut self, count: bool) {
+        if count != self.nodes.is_some() {
+            self.nodes = count.then(Nodes::default);
+        }
+    }
+
+    /// Why no page's node is known, if that was found out since the last call: those merge with nothing but zeros.
+    pub fn nodes_refused(&mut self) -> Option<SysError> {
+        self.nodes.as_mut()?.take_refusal()
     }
 }
 
@@ -119,6 +136,7 @@ impl Region {
     /// The pagemap could not be read.
     pub fn scan(&self, span: Span, pass: u16, tools: &mut ScanTools) -> Option<Result<Tally, SysError>> {
         self.merging(|_| {
+            self.forget_others(tools.nodes.is_some());
             // The words first: evidence counts only against what a page was before it was looked at.
             tools.words.clear();
             tools.words.extend(span.iter().map(|page| self.words.load(page)));
@@ -137,6 +155,13 @@ impl Region {
                 });
             }
             let known = self.backed(span, tools)?;
+            if let Some(nodes) = &mut tools.nodes {
+                nodes.reset(span.pages);
+                tools
+                    .parts
+                    .iter()
+                    .for_each(|part| nodes.ask(&self.view, *part, span.first));
+            }
             tools.armed.reset(span.pages);
             let late = mutant::active(Mutant::ArmAfterRead);
             if !late {
@@ -174,6 +199,19 @@ impl Region {
             }
             Ok(tally)
         })
+    }
+
+    /// Checksums with nodes in them and without are not to be compared, and a page that has none is read.
+    fn forget_others(&self, with_nodes: bool) {
+        if self.with_nodes.swap(with_nodes, Ordering::Relaxed) == with_nodes {
+            return;
+        }
+        for checksum in self.whole().iter().map(|page| self.checksum_word(page)) {
+            // To write is to give the table memory.
+            if checksum.load(Ordering::Relaxed) != ChecksumWord::NONE.0 {
+                checksum.store(ChecksumWord::NONE.0, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Finds the pages that were written since they were armed, or are not; false if all are to be read anyway.
@@ -303,11 +341,22 @@ impl Region {
             }
             return false;
         }
-        let Some(now) = self.checksum_of(evidence.page, tools) else {
+        let Some(mut now) = self.checksum_of(evidence.page, tools) else {
             return false;
         };
         tally.checksummed += 1;
-        if ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48() != Some(now) {
+        let before = ChecksumWord(checksum.load(Ordering::Relaxed));
+        if let Some(nodes) = &mut tools.nodes {
+            let at = evidence.page.0 - tools.first.0;
+            now = checksum::on_node(now, nodes.of_read(&self.view, evidence.page, at));
+            let same_bytes = |before| checksum::without_node(before) == checksum::without_node(now);
+            if before.checksum48() != Some(now) && before.checksum48().is_some_and(same_bytes) {
+                // Only its memory is elsewhere.
+                checksum.store(ChecksumWord::new(now, before.pass16()).0, Ordering::Relaxed);
+                return true;
+            }
+        }
+        if before.checksum48() != Some(now) {
             tally.changed += 1;
             checksum.store(ChecksumWord::new(now, pass).0, Ordering::Relaxed);
             // Nobody knows what the kernel copied, and other bytes than last time are no proof (the last look may have been at

@@ -3,6 +3,7 @@
 mod tracked;
 
 use ksmrs_sys::foreign::Foreign;
+use ksmrs_sys::numa::NO_NODE;
 use ksmrs_sys::protocol::{Kind, Page, Span};
 use ksmrs_sys::{PAGE_SIZE, State, maps};
 use std::io::Read;
@@ -39,6 +40,35 @@ fn what_nobody_writes_is_read_three_times_and_now_and_then() {
         let turns = if kind == Kind::Private { 1 } else { 4 };
         assert_eq!(at_last, turns * all, "{kind:?}: each page in its turn");
         assert_eq!(tracked.stale(), []);
+    }
+}
+
+#[test]
+fn checksums_with_nodes_and_without_are_never_compared() {
+    for kind in BOTH {
+        let mut tracked = Tracked::make(UNIT, kind);
+        tracked.fill();
+        tracked.settle();
+        assert_eq!(tracked.pass().clean, UNIT, "{kind:?}");
+        for count in [true, false] {
+            tracked.tools.count_nodes(count);
+            let tally = tracked.pass();
+            assert_eq!(
+                (tally.checksummed, tally.changed),
+                (UNIT, UNIT),
+                "{kind:?}, {count}: clean pages too"
+            );
+            assert_eq!(
+                tracked.pass().clean,
+                UNIT,
+                "{kind:?}, {count}: what is clean keeps its node"
+            );
+            let checksums = tracked.table.checksums().iter().take(UNIT as usize);
+            let nodes = checksums.map(|word| (word.load(Ordering::Relaxed) >> 40) as u8);
+            let known = nodes.filter(|node| *node != NO_NODE).count();
+            assert!(!count || known == UNIT as usize, "{kind:?}: {known} pages have a node");
+            assert_eq!(tracked.stale().is_empty(), !count, "{kind:?}: checksums of bytes alone");
+        }
     }
 }
 

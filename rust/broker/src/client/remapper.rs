@@ -417,7 +417,12 @@ impl Remapper {
                 left.into_iter().for_each(|region| self.free_slice(&region));
                 Ok(())
             }
-            ToClient::Scan { order, pass, ranges } => {
+            ToClient::Scan {
+                order,
+                pass,
+                nodes,
+                ranges,
+            } => {
                 let spans = ranges
                     .iter()
                     .filter_map(|range| self.desk.span(range.first_word, range.pages))
@@ -426,6 +431,7 @@ impl Remapper {
                     link,
                     order,
                     pass,
+                    nodes,
                     spans,
                 })
             }

@@ -25,6 +25,8 @@ pub(super) enum Job {
         link: u32,
         order: u32,
         pass: u16,
+        /// Whether checksums are to have the pages' NUMA nodes in them.
+        nodes: bool,
         spans: Vec<(Arc<Region>, Span)>,
     },
     /// Copy these pages into staging, where they still exist.
@@ -76,11 +78,16 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
                 link,
                 order,
                 pass,
+                nodes,
                 spans,
             } => {
                 let Some(tools) = &mut tools else { continue };
+                tools.count_nodes(nodes);
                 let stands = || current.load(Ordering::Acquire) == link;
                 let tally = scan(&spans, pass, tools, mailbox, &stands);
+                if let Some(error) = tools.nodes_refused() {
+                    tracing::warn!(%error, link, "nothing but zeros merges while merge_across_nodes is 0: allow the call, or set it to 1");
+                }
                 mailbox.push(Event::Scanned(link, order, tally, stopwatch.lap()));
             }
             Job::Stage { link, order, pages } => {

@@ -420,6 +420,8 @@ pub enum ToClient {
         order: u32,
         /// The pass, for the checksum words.
         pass: u16,
+        /// Whether the checksums are to have the pages' NUMA nodes in them.
+        nodes: bool,
         /// Which pages.
         ranges: Vec<Range>,
     },

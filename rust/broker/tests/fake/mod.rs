@@ -339,7 +339,9 @@ impl FakeClient {
 
     pub fn carry_out(&mut self, message: ToClient) {
         let answer = match message {
-            ToClient::Scan { order, pass, ranges } => {
+            ToClient::Scan {
+                order, pass, ranges, ..
+            } => {
                 for index in ranges
                     .iter()
                     .flat_map(|range| range.first_word..range.first_word + range.pages)

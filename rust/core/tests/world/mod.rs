@@ -42,7 +42,9 @@ struct Page {
     /// What the program must read.
     must: Content,
     /// As the scanner left it: value, and the pass in which it took that.
-    checksum: Option<(Content, u16)>,
+    checksum: Option<(Checksum, u16)>,
+    /// Where its memory is.
+    node: u8,
 }
 
 impl Page {
@@ -59,6 +61,7 @@ enum Report {
     Scan {
         ranges: Vec<PageRange>,
         pass: u16,
+        nodes: bool,
     },
     Stage {
         pages: Vec<PageNumber>,
@@ -131,6 +134,8 @@ pub struct World {
     pub largest_move: usize,
     /// Whether the store cannot be written now and then.
     pub disk_trouble: bool,
+    /// Nodes began or ceased to count while children may still have shown frames of before: who shows one has no equals.
+    pub mixed: bool,
 }
 
 impl World {
@@ -149,6 +154,7 @@ impl World {
             moves: 0,
             largest_move: 0,
             disk_trouble: true,
+            mixed: false,
             processes: BTreeMap::new(),
             next_client: 0,
             dice: seed | 1,
@@ -207,6 +213,7 @@ impl World {
                 own: Some(must),
                 must,
                 checksum: None,
+                node: 0,
             };
             assert!(
                 process.pages.insert(first.0 + i, page).is_none(),
@@ -255,6 +262,27 @@ impl World {
             Word::Zero => page.word = Word::Private,
             _ => {}
         }
+    }
+
+    /// The kernel moves the memory of one of the client's pages, if it has any of its own.
+    pub fn migrate(&mut self, id: ClientId, n: usize, node: u8) {
+        let process = self.process(id);
+        let count = process.pages.len().max(1);
+        if let Some(page) = process.pages.values_mut().nth(n % count)
+            && page.own.is_some()
+        {
+            page.node = node;
+        }
+    }
+
+    /// The nodes of the frames that the client's pages show, in the order of the pages.
+    pub fn nodes_shown(&self, id: ClientId) -> Vec<Option<u8>> {
+        let pages = self.processes[&id].pages.values();
+        let shown = pages.filter(|page| matches!(page.word, Word::Merged(_)));
+        shown
+            .filter_map(Page::slot)
+            .map(|slot| self.core.node_of(slot))
+            .collect()
     }
 
     /// MADV_UNMERGEABLE, or the end of it.
@@ -424,26 +452,38 @@ impl World {
         assert_eq!(stats.frames, self.store.iter().flatten().count() as u64, "{stats:?}");
     }
 
-    /// The naive model: pages of one content are merged, all of them, except where checksums collide.
+    /// The naive model: pages of one content are merged, all of them, except where checksums collide; while nodes count, pages of one
+    /// content and one node.
     pub fn check_merged(&self) {
         if self.core.tunables().max_page_sharing < 256 {
             // The last page of a content may find all frames full, and alone it founds none.
             return;
         }
-        let mut by_content: BTreeMap<Content, Vec<&Page>> = BTreeMap::new();
+        if self.mixed {
+            return;
+        }
+        let nodes = self.core.tunables().nodes_count();
+        let mut by_content: BTreeMap<(Content, u8), Vec<&Page>> = BTreeMap::new();
         for page in self.processes.values().flat_map(|process| process.pages.values()) {
             if !matches!(page.word, Word::Held(_)) {
-                by_content.entry(page.must).or_default().push(page);
+                let node = if nodes && page.must != 0 { page.node } else { 0 };
+                by_content.entry((page.must, node)).or_default().push(page);
             }
         }
-        for (content, pages) in by_content.into_iter().filter(|(content, _)| !matches!(content, 5 | 6)) {
+        let collides = |content: Content| matches!(content, 5 | 6);
+        for ((content, node), pages) in by_content.into_iter().filter(|((content, _), _)| !collides(*content)) {
             let merged = pages.iter().filter(|page| page.own.is_none()).count();
-            let expected = if content == 0 || pages.len() > 1 {
+            let expected = if content == 0 || pages.len() > 1 && node != Checksum::NO_NODE {
                 pages.len()
             } else {
                 merged
             };
-            assert_eq!(merged, expected, "content {content}: {:?}", self.core.stats());
+            assert_eq!(
+                merged,
+                expected,
+                "content {content} on node {node}: {:?}",
+                self.core.stats()
+            );
         }
     }
 
@@ -488,6 +528,12 @@ impl World {
             *pair[0].0 + 1 == *pair[1].0 && one.is_some() && next.is_some() && one.map(|slot| slot + 1) != next
         };
         pages.windows(2).filter(rift).count() as u32
+    }
+
+    /// Whether somebody was asked to stage pages.
+    pub fn stages(&self) -> bool {
+        let is_stage = |open: &Open| matches!(open.report, Report::Stage { .. });
+        self.processes.values().flat_map(|process| &process.open).any(is_stage)
     }
 
     pub fn frames_in_store(&self) -> usize {

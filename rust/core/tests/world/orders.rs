@@ -39,10 +39,11 @@ impl World {
                 client,
                 order,
                 pass,
+                nodes,
                 ranges,
             } => {
                 self.scans += 1;
-                (client, order, Report::Scan { ranges, pass })
+                (client, order, Report::Scan { ranges, pass, nodes })
             }
             Decision::Stage { client, order, pages } => {
                 assert!(pages.len() <= 512);
@@ -99,7 +100,7 @@ impl World {
         let open = &mut open[n % count];
         open.done = true;
         match &mut open.report {
-            Report::Scan { ranges, pass } => {
+            Report::Scan { ranges, pass, nodes } => {
                 for number in numbers(ranges) {
                     let Some(page) = pages.get_mut(&number) else { continue };
                     page.word = match page.word {
@@ -107,9 +108,11 @@ impl World {
                         Word::Zero if page.own.is_some() => Word::Private,
                         word => word,
                     };
-                    let changed = |(content, _)| checksum_of(content) != checksum_of(page.own.unwrap_or(0));
-                    if page.own.is_some() && page.checksum.is_none_or(changed) {
-                        page.checksum = page.own.map(|own| (own, *pass));
+                    let Some(own) = page.own else { continue };
+                    let plain = checksum_of(own);
+                    let now = if *nodes { plain.on_node(page.node) } else { plain };
+                    if page.checksum.is_none_or(|(before, _)| before != now) {
+                        page.checksum = Some((now, *pass));
                     }
                 }
             }
@@ -138,6 +141,7 @@ impl World {
                         page.word = if slot == Slot::ZERO {
                             Word::Zero
                         } else {
+                            page.node = self.core.node_of(slot).unwrap_or(page.node);
                             Word::Merged(slot)
                         };
                         page.own = None;
@@ -173,7 +177,7 @@ impl World {
             return self.core.order_refused(order, epoch);
         }
         match report {
-            Report::Scan { ranges, pass } => {
+            Report::Scan { ranges, pass, .. } => {
                 let seen: Vec<Observation> = numbers(&ranges).map(|number| self.look(id, number, pass)).collect();
                 self.core.scanned(order, epoch, &seen, self.now);
             }
@@ -220,7 +224,7 @@ impl World {
             Word::Broken(slot) => Seen::Broken(slot),
             Word::Held(slot) => Seen::Held(slot),
         };
-        let checksum = page.checksum.map(|(content, at)| (checksum_of(content), at == pass));
+        let checksum = page.checksum.map(|(checksum, at)| (checksum, at == pass));
         Observation { seen, checksum }
     }
 

@@ -1,7 +1,7 @@
 //! Random histories of a [`World`], and what must hold after them.
 
 use crate::world::{CONTENTS, Content, World};
-use ksmrs_core::{Kind, Next};
+use ksmrs_core::{Checksum, Kind, Next};
 use proptest::prelude::*;
 use std::time::Duration;
 
@@ -65,6 +65,12 @@ pub enum Step {
         client: usize,
         accompanied: bool,
     },
+    /// The kernel moves a page's memory to another node.
+    Migrate {
+        client: usize,
+        page: usize,
+        node: u8,
+    },
     Die {
         client: usize,
     },
@@ -101,6 +107,8 @@ pub fn step() -> impl Strategy<Value = Step> {
         5 => client().prop_map(|client| Step::Seal { client }),
         3 => (client(), any::<bool>()).prop_map(|(client, stopped)| Step::Stop { client, stopped }),
         2 => (client(), any::<bool>()).prop_map(|(client, accompanied)| Step::Accompany { client, accompanied }),
+        3 => (client(), page(), prop_oneof![Just(0), Just(1), Just(1), Just(Checksum::NO_NODE)])
+            .prop_map(|(client, page, node)| Step::Migrate { client, page, node }),
         1 => client().prop_map(|client| Step::Die { client }),
         6 => prop_oneof![Just(20), Just(20), Just(6000)].prop_map(|millis| Step::Pass { millis }),
         2 => prop_oneof![
@@ -108,6 +116,7 @@ pub fn step() -> impl Strategy<Value = Step> {
             Just(("use_zero_pages", 0)), Just(("use_zero_pages", 1)), Just(("max_page_sharing", 3)),
             Just(("max_page_sharing", 256)), Just(("pages_to_scan", 7)), Just(("smart_scan", 0)),
             Just(("advisor_max_pages_to_scan", 7)),
+            Just(("merge_across_nodes", 0)), Just(("merge_across_nodes", 0)), Just(("merge_across_nodes", 1)),
         ].prop_map(|(knob, value)| Step::Set { knob, value }),
         3 => Just(Step::Merge),
         3 => Just(Step::Quiet),
@@ -151,13 +160,16 @@ pub fn apply(world: &mut World, step: &Step) {
         Step::Accompany { client, accompanied } => {
             with(world, client, &|world, id| world.accompany(id, accompanied));
         }
+        Step::Migrate { client, page, node } => with(world, client, &|world, id| world.migrate(id, page, node)),
         Step::Die { client } => with(world, client, &World::die),
         Step::Pass { millis } => world.now += Duration::from_millis(millis),
         Step::Set { knob, value } => {
             if knob == "pages_to_scan" {
                 drop(world.core.set("advisor_mode", "none"));
             }
+            let (before, frames) = (world.core.tunables().merge_across_nodes, world.frames_in_store());
             drop(world.core.set(knob, &value.to_string()));
+            world.mixed |= before != world.core.tunables().merge_across_nodes && frames > 0;
         }
         Step::Merge => {
             let ticket = world.core.request_merge(world.now);
@@ -175,6 +187,11 @@ pub fn apply(world: &mut World, step: &Step) {
 /// Plays a history; `liars` clients answer at random. Panics where an invariant does not hold.
 pub fn play(steps: &[Step], seed: u64, liars: bool) {
     let mut world = World::new(seed);
+    // Half of the histories begin with it, for later something is merged most of the time.
+    world
+        .core
+        .set("merge_across_nodes", if seed.is_multiple_of(2) { "0" } else { "1" })
+        .expect("a valid knob");
     for n in 0..3 {
         let id = world.join_client(liars && n == 2);
         let kind = if n == 1 { Kind::Shared } else { Kind::Private };
