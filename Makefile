@@ -9,7 +9,7 @@ export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 SOURCES := Cargo.toml Cargo.lock pyproject.toml README.md LICENSE \
-  $(shell find rust python -type f -name '*.rs' -o -type f -name '*.toml' -o -type f -name '*.py' -o -type f -name '*.pyi' -o -type f -name py.typed)
+  $(shell find rust python -type f -name '*.rs' -o -type f -name '*.toml' -o -type f -name '*.py' -o -type f -name '*.pyi' -o -type f -name '*.pth' -o -type f -name py.typed)
 ENVIRONMENT := $(VENV)/.made
 BENCH_ENVIRONMENT := $(VENV)/.bench
 WHEEL := dist/.made

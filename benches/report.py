@@ -50,6 +50,7 @@ SCENARIOS = {
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
+    "allocator": Scenario("allocator.py", (), ("--rounds", "1")),
     "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
     "freeze_window": Scenario("freeze_window.py", (), ("--seconds", "0.2", "--rounds", "5")),
     "freeze_tracked": Scenario("freeze_tracked.py", (), ("--rounds", "3")),
@@ -138,6 +139,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
                     target_private=1.0,
                 )
             )
+    for name, sizes in results.get("allocator", {}).get("work", {}).items():
+        for kib, figures in sizes.items():
+            unit = "of NumPy's time, 1.2 wanted" if name == "x + 1" else "of NumPy's time"
+            found.append(Row(f"merge_process, {kib} KiB, {name}", unit, private=figures["ratio"]))
     for name, figures in results.get("scan_clean", {}).items():
         found.append(Row(f"scan unique pages again, {name}", "ns a page", private=figures["scanner_ns"]))
     return found

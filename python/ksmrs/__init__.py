@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from ksmrs import _ksmrs, _launch
+from ksmrs import _ksmrs, _launch, _process
 from ksmrs._advice import MADV_MERGEABLE, MADV_UNMERGEABLE, madvise, pinned
 from ksmrs._engine import MergeReport, ProcessStats, Stats, connect, disconnect, merge, process_stats, stats
 from ksmrs._errors import (
@@ -25,6 +25,7 @@ from ksmrs._errors import (
     UnsupportedError,
 )
 from ksmrs._events import Event, events
+from ksmrs._process import merge_process, worker_init
 from ksmrs._region import PAGE_SIZE, PageState, Region, RegionStats
 from ksmrs._tunables import tunables
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _launch.configure_default()
 # A child of os.fork(), multiprocessing's among them, goes on merging with what it inherited.
 os.register_at_fork(after_in_child=_ksmrs.born)
+_process.from_environment()
 
 __all__ = [
     "MADV_MERGEABLE",
@@ -68,11 +70,13 @@ __all__ = [
     "full",
     "madvise",
     "merge",
+    "merge_process",
     "page_map",
     "pinned",
     "process_stats",
     "stats",
     "tunables",
+    "worker_init",
     "zeros",
 ]
 

@@ -1,7 +1,8 @@
 """`empty`, `zeros`, `full` and `array`: NumPy's constructors, in mergeable memory.
 
-Each array has a region of its own, freed when the last reference to its data goes. Its first byte is page-aligned, so
-that equal arrays have equal pages.
+Each array has a region of its own, freed when the last reference to its data goes; a private one that `merge_process` has
+NumPy make in mergeable memory anyway is NumPy's, and takes part at once. Its first byte is page-aligned, so that equal arrays
+have equal pages.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import numpy as np
 
+from ksmrs import _ksmrs, _process
 from ksmrs._errors import ArgumentError, DtypeError
 from ksmrs._region import Region
 
@@ -24,7 +26,7 @@ Order = Literal["C", "F"]
 
 
 def empty(shape: Shape, dtype: DTypeLike = float, order: Order = "C", *, shared: bool = False) -> np.ndarray[Any, Any]:
-    """Return an array in a region of its own; its contents are zeros, for fresh memory always is."""
+    """Return an array in memory that takes part at once; its contents are zeros."""
     element = np.dtype(dtype)
     if element.hasobject:
         raise DtypeError(f"dtype {element} holds Python objects, whose addresses mean nothing to another process")
@@ -38,6 +40,12 @@ def empty(shape: Shape, dtype: DTypeLike = float, order: Order = "C", *, shared:
     count = math.prod(axes)
     if count * element.itemsize == 0:
         return np.empty(axes, element, order)
+    if not shared and _process.reaches() != "off":
+        lent = np.zeros(axes, element, order)
+        address = lent.__array_interface__["data"][0]
+        if _ksmrs.is_lent(address):
+            _ksmrs.advise(address, lent.nbytes, True)
+            return lent
     flat = Region(count * element.itemsize, shared).array(element, (count,))
     return flat.reshape(axes, order=order)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ksmrs import _ksmrs
+from ksmrs import _ksmrs, _process
 from ksmrs._errors import KsmrsError
 
 State = Literal["ok", "limited", "missing"]
@@ -76,6 +76,7 @@ def doctor(pid: int | None = None) -> tuple[Finding, ...]:
         _ptrace(),
         _handler(process),
         _blocked(process),
+        *_numpy(process),
         _kernel_ksm(),
     )
 
@@ -397,6 +398,22 @@ def _handler(process: int) -> Finding:
         found += ", and faulthandler is on, which gets along with that of ksmrs"
     meaning = f"{found}; ksmrs puts its own in front with the first region, and hands on what is not its own"
     return Finding(name="SIGSEGV handler", state="ok", meaning=meaning)
+
+
+def _numpy(process: int) -> list[Finding]:
+    """How far `merge_process` reaches; of this process only, and only where it is on."""
+    reaches = _process.reaches()
+    if process != os.getpid() or reaches == "off":
+        return []
+    whole = reaches == _process.EVERY_THREAD
+    return [
+        Finding(
+            name="NumPy's allocator",
+            state="ok" if whole else "limited",
+            meaning=f"merge_process reaches {reaches}",
+            next_step="" if whole else "call merge_process before threads are started, and in each context of your own",
+        )
+    ]
 
 
 def blocked_threads(process: int) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ksmrs import _adopt, _ksmrs, _launch
+from ksmrs import _adopt, _ksmrs, _launch, _process
 from ksmrs._errors import ArgumentError
 
 Counters = TypeVar("Counters")
@@ -105,6 +105,14 @@ class ProcessStats:
     """Shared memory that does not merge now, and why: one sentence for each."""
     dirty_tracking: str = "off: no region yet"
     """`on` where pages that nobody writes are not read again and again, else `off:` and why."""
+    numpy_allocator: str = "off"
+    """Whose new arrays live in mergeable memory, since `merge_process`: `every thread`, or what it reaches; else `off`."""
+    numpy_bytes: int = 0
+    """Bytes of those arrays."""
+    numpy_mergeable_bytes: int = 0
+    """How much of their memory takes part; the rest has not outlived a pass yet."""
+    numpy_kept_bytes: int = 0
+    """Memory of arrays that are gone, kept for the next ones: 64 MiB at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,11 +174,16 @@ def stats() -> Stats:
 def process_stats() -> ProcessStats:
     """Return the counters of this process; never starts a broker."""
     adopted, out_of_phase = _adopt.bytes_now()
+    _, numpy_bytes, mergeable, kept = _ksmrs.heap_bytes()
     own = {
         "adopted_bytes": adopted,
         "out_of_phase_bytes": out_of_phase,
         "not_merging": tuple(_ksmrs.not_merging()),
         "dirty_tracking": _ksmrs.dirty_tracking(),
+        "numpy_allocator": _process.reaches(),
+        "numpy_bytes": numpy_bytes,
+        "numpy_mergeable_bytes": mergeable,
+        "numpy_kept_bytes": kept,
     }
     return _counters(ProcessStats, _ksmrs.process_stats() | own)
 

@@ -13,22 +13,28 @@ __all__ = [
     "Region",
     "adopt",
     "advise",
+    "begin_heap",
     "born",
     "configure",
     "connect",
     "dirty_tracking",
     "disconnect",
+    "end_heap",
     "extent",
     "get",
+    "heap_bytes",
     "is_connected",
+    "is_lent",
     "merge",
     "not_merging",
     "pin",
     "process_stats",
     "reassert_handler",
     "regions_touching",
+    "replace_numpy_functions",
     "run_broker",
     "set",
+    "set_numpy_handler",
     "stats",
     "status",
 ]
@@ -91,6 +97,12 @@ class Pin:
 def extent(buffer: Any) -> tuple[int, int]: ...
 def adopt(address: int, nbytes: int, exclusive: bool) -> Adopted: ...
 def regions_touching(address: int, nbytes: int) -> list[tuple[int, int, bool]]: ...
+def replace_numpy_functions() -> bool: ...
+def set_numpy_handler() -> None: ...
+def begin_heap(at_least: int) -> None: ...
+def end_heap() -> None: ...
+def is_lent(address: int) -> bool: ...
+def heap_bytes() -> tuple[int, int, int, int]: ...
 def advise(address: int, nbytes: int, mergeable: bool) -> None: ...
 def pin(address: int, nbytes: int) -> Pin: ...
 def configure(

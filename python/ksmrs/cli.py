@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 import ksmrs
-from ksmrs import _ksmrs
+from ksmrs import _ksmrs, _process
 from ksmrs._tunables import KNOBS
 
 
@@ -117,6 +117,27 @@ def set_knob(assignment: str) -> None:
         raise click.BadParameter(f"no knob {knob!r}; there are {', '.join(KNOBS)}")
     _ksmrs.set(knob, value)
     click.echo(f"{knob}={_ksmrs.get(knob)}")
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--min-size",
+    type=click.IntRange(min=ksmrs.PAGE_SIZE),
+    metavar="N",
+    help="Bytes of the smallest array that takes part; default 65536.",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(min_size: int | None, command: tuple[str, ...]) -> None:
+    """Run a program whose NumPy arrays merge, and all Python programs that it starts: `ksmrs run -- python app.py`."""
+    os.environ[_process.VARIABLE] = "1"
+    if min_size is not None:
+        os.environ[_process.SIZE_VARIABLE] = str(min_size)
+    try:
+        os.execvp(command[0], command)
+    except OSError as refused:
+        # As a shell has it.
+        click.echo(f"ksmrs: {command[0]}: {refused.strerror}", err=True)
+        sys.exit(127 if isinstance(refused, FileNotFoundError) else 126)
 
 
 @main.command()

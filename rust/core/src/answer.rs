@@ -155,6 +155,7 @@ impl Core {
         rests: bool,
     ) {
         self.events.scanned += 1;
+        let was_zero = self.pages.place(page) == Place::Zero;
         if self.pages.is(page, Mark::Busy) || !self.relocate(id, region, page, observation.seen, epoch, true) {
             return;
         }
@@ -162,7 +163,13 @@ impl Core {
         self.mark(page, Mark::Unshared, false);
         // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
         let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
-        self.mark_item(id, page, counts && self.tunables.run != tunables::run::UNMERGE);
+        let is_item = counts && self.tunables.run != tunables::run::UNMERGE;
+        if is_item && !was_zero && !self.pages.is(page, Mark::Item) {
+            // It got memory, or was opted in again: the kernel has a new rmap_item for it.
+            let (age, _) = self.pages.age(page);
+            self.pages.set_age(page, age.min(1), 0);
+        }
+        self.mark_item(id, page, is_item);
         if let Seen::Merged(slot) = observation.seen {
             if !rests {
                 self.follow(id, page, slot);

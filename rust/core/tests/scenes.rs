@@ -65,6 +65,32 @@ fn a_background_merge_takes_two_passes() {
 }
 
 #[test]
+fn pages_that_are_opted_in_again_are_looked_at_as_new_ones() {
+    let (mut world, ids) = clients(2, WINDOW, |_, i| 10 + i);
+    for id in &ids {
+        (0..WINDOW).for_each(|page| world.hold(*id, page as usize, true));
+    }
+    let passes = |world: &mut World, count: u64| {
+        let end = world.core.stats().full_scans + count;
+        while world.core.stats().full_scans < end {
+            world.settle();
+            world.now += Duration::from_millis(20);
+        }
+    };
+    // Smart scan looks at them once in nine passes by now.
+    passes(&mut world, 40);
+    for id in &ids {
+        for page in 0..WINDOW {
+            world.hold(*id, page as usize, false);
+            world.write(*id, page as usize, 5000 + page);
+        }
+    }
+    // Nine until they are seen, and the two of any page.
+    passes(&mut world, 11);
+    assert_eq!(world.core.stats().pages_sharing, u64::from(WINDOW));
+}
+
+#[test]
 fn batches_keep_the_pace_that_the_knobs_set() {
     let (mut world, _) = clients(2, PAGES, |n, i| 10 + i + n * PAGES);
     world.core.set("advisor_mode", "none").unwrap();

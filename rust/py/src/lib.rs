@@ -1,10 +1,12 @@
 //! Presents: the extension module `ksmrs._ksmrs`, a table of contents.
 //!
 //! Each file says what it exports to Python; `python/ksmrs` makes the public names out of it. Unsafe code is in `buffer.rs`
-//! alone.
+//! and `allocator.rs` alone.
 #![deny(unsafe_code)]
 
 mod adopted;
+#[allow(unsafe_code)]
+mod allocator;
 mod buffer;
 mod engine;
 mod error;
@@ -43,6 +45,8 @@ mod _ksmrs {
 
     #[pymodule_export]
     use super::adopted::{Adopted, regions_touching};
+    #[pymodule_export]
+    use super::allocator::{begin_heap, end_heap, heap_bytes, is_lent, replace_numpy_functions, set_numpy_handler};
     #[pymodule_export]
     use super::buffer::{adopt, extent};
     #[pymodule_export]

@@ -93,8 +93,18 @@ impl Within {
     }
 }
 
+/// The arena of NumPy's allocator that an address lies in: in the table for as long as somebody advises or pins parts of it.
+fn arena_at(address: usize) -> Option<Arc<Memory>> {
+    let arena = client::arena_at(address)?;
+    let known = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let memory = known.get(&arena.address()).and_then(Weak::upgrade);
+    drop(known);
+    Some(memory.unwrap_or_else(|| Memory::new(arena)))
+}
+
 /// The open regions that a range touches, in order.
 pub fn touching(address: usize, nbytes: usize) -> Vec<Arc<Memory>> {
+    let _arena = arena_at(address);
     let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
     let end = address.saturating_add(nbytes);
     let before = live.range(..address).next_back();
@@ -108,6 +118,7 @@ pub fn touching(address: usize, nbytes: usize) -> Vec<Arc<Memory>> {
 
 /// Finds the live, open region that a range lies in.
 pub fn find(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Within> {
+    let _arena = arena_at(address);
     let memory = LIVE
         .lock()
         .unwrap_or_else(PoisonError::into_inner)

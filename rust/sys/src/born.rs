@@ -206,6 +206,9 @@ impl Inheritance {
         }
         for region in &self.regions {
             region.in_use.reset();
+            if let Some(parts) = &region.parts {
+                parts.changing.reset();
+            }
             region.tracking.reset();
             region.era.store(era, Ordering::Release);
         }

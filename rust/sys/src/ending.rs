@@ -46,10 +46,13 @@ impl Region {
             })
     }
 
-    /// Runs end where extents do: what is assembled in huge pages then moves as huge pages.
     pub(crate) fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {
+        self.leave_span(view, self.whole())
+    }
+
+    /// Runs end where extents do: what is assembled in huge pages then moves as huge pages.
+    pub(crate) fn leave_span(&self, view: &View, whole: Span) -> Result<(), rustix::io::Errno> {
         let mut before = Box::new([Word::PRIVATE; protocol::MAX_RUN]);
-        let whole = self.whole();
         let position = (self.address() / PAGE_SIZE % protocol::MAX_RUN) as u32;
         let mut at = whole.first;
         while at < whole.end() {

@@ -10,7 +10,7 @@ use crate::object::PAGE_SIZE;
 use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Words, is_being_lent, write_fault};
 use crate::sigmask::Blocked;
 use crate::word::State;
-use crate::{born, futex, gate, registry, signal};
+use crate::{born, futex, gate, heap, registry, signal};
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::cell::Cell;
@@ -114,7 +114,13 @@ pub fn detached_by_fork() -> u64 {
 extern "C" fn prepare() {
     // What this process inherited and made nothing of; its own children cannot either.
     born::forget();
+    // The first lock of all: the heap makes and ends regions.
+    let heap = heap::still();
     if is_unregistered() {
+        HELD.set(Some(Held {
+            rest: None,
+            _heap: heap,
+        }));
         return;
     }
     let blocked = Blocked::new();
@@ -129,9 +135,12 @@ extern "C" fn prepare() {
     });
     let snapshot = born::snapshot(&registry);
     HELD.set(Some(Held {
-        _registry: registry,
-        _blocked: blocked,
-        snapshot,
+        rest: Some(Rest {
+            _registry: registry,
+            _blocked: blocked,
+            snapshot,
+        }),
+        _heap: heap,
     }));
 }
 
@@ -148,6 +157,13 @@ pub(crate) fn while_still<T>(act: impl FnOnce(&registry::Writer) -> T) -> T {
 
 /// What the forking thread holds from `prepare` on; fields drop in this order.
 struct Held {
+    /// Nothing more in a process without a life.
+    rest: Option<Rest>,
+    _heap: heap::Still,
+}
+
+/// What it holds of a life.
+struct Rest {
     _registry: registry::Writer,
     _blocked: Blocked,
     /// What the child may be born with; the parent unmaps it.
@@ -189,15 +205,22 @@ fn take_home(area: &registry::Area) {
 
 extern "C" fn in_parent() {
     if let Some(held) = HELD.take() {
-        gate::open();
+        if held.rest.is_some() {
+            gate::open();
+        }
         drop(held);
     }
 }
 
 extern "C" fn in_the_child() {
-    let Some(mut held) = HELD.take() else { return };
-    let snapshot = held.snapshot.take();
-    drop(held);
+    let Some(Held {
+        rest: Some(mut rest), ..
+    }) = HELD.take()
+    else {
+        return;
+    };
+    let snapshot = rest.snapshot.take();
+    drop(rest);
     gate::reset();
     futex::forget_waiters();
     registry::reset_readers();

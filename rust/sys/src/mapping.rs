@@ -42,6 +42,8 @@ pub(crate) struct View {
     huge: bool,
     /// Whether its object may be cut short, so that mapped reads of it are not safe.
     vanishing: bool,
+    /// Whether nobody wants the bytes of pages that are made plain.
+    abandoned: bool,
 }
 
 impl View {
@@ -117,6 +119,36 @@ impl View {
         View { scratch, ..self }
     }
 
+    /// The same view for pages whose bytes nobody wants: they are made plain by fresh memory.
+    pub(crate) fn abandoned(self) -> View {
+        View {
+            abandoned: true,
+            ..self
+        }
+    }
+
+    /// Gives the memory of private pages back that are anonymous and out of the protocol: they read as zeros.
+    pub(crate) fn discard(&self, span: Span) -> Result<(), Errno> {
+        debug_assert!(self.kind == Kind::Private, "only arenas are discarded");
+        let (start, bytes) = self.range(span);
+        // SAFETY: pages of our view that show no frame and that nobody else touches; the caller wants their bytes no more.
+        unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxDontNeed) }
+    }
+
+    /// Maps fresh memory over private pages.
+    pub(crate) fn refresh(&self, span: Span) -> Result<(), Errno> {
+        debug_assert!(self.kind == Kind::Private, "only arenas are abandoned");
+        self.split_huge(span);
+        let (start, bytes) = self.range(span);
+        // SAFETY: pages of our view, owned by the caller (or out of the protocol in a process whose words they are not), who wants
+        // their bytes no more.
+        let map = || unsafe { map_anonymous(start, bytes, READ_WRITE) };
+        match map() {
+            Err(_) if !is_mapped(start, bytes) => insist(map),
+            answer => answer,
+        }
+    }
+
     /// Whether no huge page can straddle the ends of the span.
     fn covers_whole_extents(&self, span: Span) -> bool {
         let (start, bytes) = self.range(span);
@@ -158,6 +190,10 @@ impl Memory for View {
     }
 
     fn protect(&self, span: Span, access: Access) -> Result<(), Errno> {
+        if self.abandoned && access == Access::ReadOnly {
+            // What nobody wants need not stand still.
+            return Ok(());
+        }
         let (start, bytes) = self.range(span);
         let flags = match access {
             Access::ReadOnly => MprotectFlags::READ,
@@ -240,6 +276,9 @@ impl Memory for View {
     }
 
     fn make_plain(&self, span: Span) -> Result<(), Errno> {
+        if self.abandoned {
+            return self.refresh(span);
+        }
         let (scratch, bytes) = self.within(self.scratch, span);
         let (view, _) = self.range(span);
         // SAFETY: the scratch area is ours and as long as the region; the caller owns the words of the span and made it read-only,
@@ -364,6 +403,7 @@ impl Mapping {
             kind: if object.is_some() { Kind::Shared } else { Kind::Private },
             huge: object.is_none() && transparent_huge_pages_always(),
             vanishing: lasting.is_some(),
+            abandoned: false,
         };
         if object.is_some() {
             view.home = map_home_of(view.base, bytes)?;
@@ -405,6 +445,7 @@ impl Mapping {
             kind: if object.is_some() { Kind::Shared } else { Kind::Private },
             huge: object.is_none() && (huge || transparent_huge_pages_always()),
             vanishing: object.is_some(),
+            abandoned: false,
         };
         Ok(Mapping {
             view,

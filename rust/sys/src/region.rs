@@ -9,10 +9,13 @@ use crate::error::SysError;
 use crate::foreign::{Foreign, Object};
 use crate::fork;
 use crate::gate::Pass;
+use crate::heap;
 use crate::holds::{Holds, insert_range, remove_range};
 use crate::in_use::InUse;
 use crate::mapping::{Mapping, View};
+use crate::object::PAGE_SIZE;
 use crate::page_table::ClientTable;
+use crate::parts::Parts;
 use crate::protocol::{self, Access, Kind, Memory, Page, Span, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
@@ -53,6 +56,8 @@ pub struct Region {
     pub(crate) tracking: Tracking,
     /// Whether its checksum words have NUMA nodes in them: `scan.rs`.
     pub(crate) with_nodes: AtomicBool,
+    /// Which pages take part at all, where not every page does.
+    pub(crate) parts: Option<Parts>,
 }
 
 impl Region {
@@ -63,7 +68,7 @@ impl Region {
     /// No memory, no room in the table, or a child that has not begun its own life.
     pub fn create(table: &'static ClientTable, pages: u32, kind: Kind) -> Result<Region, SysError> {
         let era = era()?;
-        Region::over(table, Mapping::create(pages, kind)?, era)
+        Region::over(table, Mapping::create(pages, kind)?, era, false)
     }
 
     /// Memory that the program made, in place: its bytes, addresses and views stay as they are. It stays the program's: closing the
@@ -80,7 +85,7 @@ impl Region {
                 reason: "part of it is in a region already",
             });
         }
-        Region::over(table, Mapping::adopt(foreign)?, era)
+        Region::over(table, Mapping::adopt(foreign)?, era, false)
     }
 
     /// Memory of a named object, which lives on after the region; the descriptor must stay open for as long as it is to merge.
@@ -90,10 +95,15 @@ impl Region {
     /// As there; ENOSPC where the object's file system cannot hold it.
     pub fn named(table: &'static ClientTable, pages: u32, object: BorrowedFd<'_>) -> Result<Region, SysError> {
         let era = era()?;
-        Region::over(table, Mapping::named(pages, object)?, era)
+        Region::over(table, Mapping::named(pages, object)?, era, false)
     }
 
-    fn over(table: &'static ClientTable, mapping: Mapping, era: u32) -> Result<Region, SysError> {
+    pub(crate) fn over(
+        table: &'static ClientTable,
+        mapping: Mapping,
+        era: u32,
+        in_parts: bool,
+    ) -> Result<Region, SysError> {
         let pages = mapping.view().pages();
         let first_word = match table.take(pages) {
             Ok(first_word) => first_word,
@@ -109,6 +119,14 @@ impl Region {
         let words = RegionWords::new(&table.words()[first_word as usize..(first_word + pages) as usize]);
         let view = mapping.view();
         let lasts = mapping.object().is_some();
+        if in_parts {
+            // Before anybody knows of them.
+            let held = Word::PRIVATE.with_state(State::Held).0;
+            words
+                .slice()
+                .iter()
+                .for_each(|word| word.store(held, Ordering::Relaxed));
+        }
         registry::add(Area { view, words, era });
         Ok(Region {
             mapping,
@@ -124,6 +142,7 @@ impl Region {
             holds: Mutex::default(),
             tracking: Tracking::of(&view),
             with_nodes: AtomicBool::new(false),
+            parts: in_parts.then(|| Parts::new(view.pages())),
         })
     }
 
@@ -211,7 +230,7 @@ impl Region {
             return self.hold(pages);
         }
         insert_range(&mut self.holds().unadvised, pages.clone());
-        self.hold(pages.clone()).inspect_err(|_| {
+        self.keep_out(pages.clone()).inspect_err(|_| {
             let mut holds = self.holds();
             remove_range(&mut holds.unadvised, pages.clone());
             self.let_go(&holds, pages);
@@ -236,7 +255,12 @@ impl Region {
             return Err(SysError::Closed);
         }
         remove_range(&mut holds.unadvised, pages.clone());
-        self.let_go(&holds, pages);
+        self.let_go(&holds, pages.clone());
+        drop(holds);
+        if self.parts.is_some() {
+            let [start, end] = [pages.start, pages.end].map(|page| self.address() + page as usize * PAGE_SIZE);
+            heap::open_range(&(start..end));
+        }
         Ok(())
     }
 
@@ -262,7 +286,7 @@ impl Region {
             return self.hold(pages);
         }
         self.holds().pins.push(pages.clone());
-        self.hold(pages.clone()).inspect_err(|_| self.unpin(pages))
+        self.keep_out(pages.clone()).inspect_err(|_| self.unpin(pages))
     }
 
     /// Ends one pin of exactly this range.
@@ -312,17 +336,21 @@ impl Region {
 
     /// Reopens the pages of a range that nothing holds any more.
     pub(crate) fn let_go(&self, holds: &Holds, pages: Range<u32>) {
+        let _alone = self.parts.as_ref().map(|parts| parts.changing.alone());
+        self.reopen_free(holds, pages);
+    }
+
+    /// The same for whoever is alone in `changing`, where there are parts.
+    pub(crate) fn reopen_free(&self, holds: &Holds, pages: Range<u32>) {
         let held = |page: u32| {
-            holds
-                .unadvised
-                .iter()
-                .chain(&holds.pins)
-                .any(|range| range.contains(&page))
+            let kept = holds.unadvised.iter().chain(&holds.pins);
+            kept.into_iter().any(|range| range.contains(&page)) || !self.takes_part(Page(page))
         };
+        let whole = self.parts.is_none() && holds.unadvised.is_empty() && holds.pins.is_empty();
         self.open(|_| {
             let _blocked = Blocked::new();
             let _pass = Pass::enter();
-            if holds.unadvised.is_empty() && holds.pins.is_empty() {
+            if whole {
                 let span = Span {
                     first: Page(pages.start),
                     pages: pages.len() as u32,
@@ -378,7 +406,7 @@ impl Region {
 }
 
 /// This process's life, or why it has none.
-fn era() -> Result<u32, SysError> {
+pub(crate) fn era() -> Result<u32, SysError> {
     let errno = rustix::io::Errno::PERM;
     fork::era().ok_or(SysError::Call {
         call: "fork",

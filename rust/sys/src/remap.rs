@@ -127,19 +127,29 @@ impl Region {
 
     /// Gives merged pages of a span memory of their own again, still taking part. How many it was.
     pub fn break_span(&self, span: Span) -> Option<Result<u32, SysError>> {
-        self.open(|_| {
-            let merged = |word: Word| matches!(word.state(), State::Merged | State::Zero);
-            let mut broken = 0;
-            for part in self.stretches_of(span, merged) {
-                let pass = Pass::enter();
-                protocol::unmerge(&self.words, &self.view, part).map_err(SysError::call("unmerge", "run"))?;
-                protocol::reopen(&self.words, &self.view, part);
-                drop(pass);
-                broken += part.pages;
+        let broken = {
+            // What is taken out of an arena meanwhile must not come in again.
+            let _alone = self.parts.as_ref().map(|parts| parts.changing.alone());
+            self.open(|_| self.break_merged(span))
+        };
+        if let Some(Ok(_)) = broken {
+            self.open(|_| self.hold_again(span));
+        }
+        broken
+    }
+
+    fn break_merged(&self, span: Span) -> Result<u32, SysError> {
+        let merged = |word: Word| matches!(word.state(), State::Merged | State::Zero);
+        let mut broken = 0;
+        for part in self.stretches_of(span, merged) {
+            let _pass = Pass::enter();
+            protocol::unmerge(&self.words, &self.view, part).map_err(SysError::call("unmerge", "run"))?;
+            for page in part.iter().filter(|page| self.takes_part(*page)) {
+                protocol::reopen(&self.words, &self.view, Span::one(page));
             }
-            self.hold_again(span);
-            Ok(broken)
-        })
+            broken += part.pages;
+        }
+        Ok(broken)
     }
 
     /// Brings Detached pages home, as far as there is room; how many came.

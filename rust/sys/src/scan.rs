@@ -141,6 +141,10 @@ impl Region {
             tools.words.clear();
             tools.words.extend(span.iter().map(|page| self.words.load(page)));
             tools.first = span.first;
+            if self.parts.is_some() && tools.words.iter().all(|word| word.state() == State::Held) {
+                // An arena's, lent for a moment or free.
+                return Ok(Tally::default());
+            }
             let unread = self.written(span, pass, tools)?;
             let clean = self.part(span, unread, tools);
             if clean == span.pages {

@@ -27,6 +27,8 @@ pub(super) enum Event {
     Join(Arc<Region>),
     /// From the program: a region was closed; its slice of the table is free once the broker knows.
     Leave(Arc<Region>),
+    /// From the program: an arena of which nothing is lent any more, to be closed.
+    End(Arc<Region>),
     /// From the program: a question for the broker.
     Ask(Question, Sender<Result<Answer, Error>>),
     /// From the wire thread of this connection: a message.
@@ -75,7 +77,7 @@ impl Mailbox {
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         while queue
             .iter()
-            .all(|event| matches!(event, Event::Leave(_) | Event::Configure(_)))
+            .all(|event| matches!(event, Event::Leave(_) | Event::End(_) | Event::Configure(_)))
         {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {

@@ -12,6 +12,7 @@
 //! be right: without threads, broker or socket every region is ordinary memory, breaks included. No thread here ever runs Python.
 
 mod born;
+mod heap;
 mod link;
 mod mailbox;
 mod mappings;
@@ -40,6 +41,7 @@ use std::time::{Duration, Instant};
 
 pub use crate::wire::{Counters, Kind, MergeReport, Status};
 pub use born::{born, expect_births};
+pub use heap::{Fresh, Held, arena_at, begin_heap, end_heap, free, held, lend, lent, resize};
 pub use ksmrs_sys::SysError;
 pub use ksmrs_sys::foreign::Foreign;
 pub use region::Region;
@@ -331,6 +333,8 @@ fn ask(question: Question) -> Result<Answer, Error> {
 /// # Errors
 /// [`Error::Interrupted`] when `interrupted` says so; what was merged stays merged.
 pub fn merge(timeout: Option<Duration>, interrupted: &mut dyn FnMut() -> bool) -> Result<MergeReport, Error> {
+    // What this process has lent need not outlive a pass for it; what others have does.
+    heap::open_all();
     let begun = Instant::now();
     loop {
         let left = timeout.map(|timeout| timeout.saturating_sub(begun.elapsed()));

@@ -16,6 +16,8 @@ pub struct Region {
     nbytes: usize,
     /// Whether the remapper knows that it ended.
     told: AtomicBool,
+    /// Whether it is the heap's, which ends it.
+    arena: bool,
 }
 
 impl Region {
@@ -65,6 +67,17 @@ impl Region {
             memory,
             nbytes,
             told: AtomicBool::new(false),
+            arena: false,
+        })
+    }
+
+    /// An arena, for whoever advises or pins parts of it; dropping that changes nothing.
+    pub(super) fn of_arena(memory: Arc<Memory>) -> Arc<Region> {
+        Arc::new(Region {
+            nbytes: memory.pages() as usize * PAGE_SIZE,
+            memory,
+            told: AtomicBool::new(false),
+            arena: true,
         })
     }
 
@@ -204,6 +217,9 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
+        if self.arena {
+            return;
+        }
         if self.memory.is_adopted() && !self.memory.is_closed() {
             self.untrack();
         }

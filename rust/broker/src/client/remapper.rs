@@ -20,7 +20,7 @@ use ksmrs_sys::life::LifePage;
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::region::Region;
 use ksmrs_sys::staging::Staging;
-use ksmrs_sys::{PAGE_SIZE, StoreNumber, descriptors, sigmask, signal};
+use ksmrs_sys::{PAGE_SIZE, StoreNumber, descriptors, heap, sigmask, signal};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicU32;
 use std::sync::mpsc::{Sender, channel};
@@ -238,6 +238,10 @@ impl Remapper {
                 }
             }
             Event::Leave(region) => self.leave(&region),
+            Event::End(arena) => {
+                arena.close();
+                self.leave(&arena);
+            }
             Event::Ask(question, reply) => {
                 if matches!(question, wire::Question::Merge { .. }) {
                     self.objects.hurry();
@@ -423,6 +427,7 @@ impl Remapper {
                 nodes,
                 ranges,
             } => {
+                heap::pass_began(pass);
                 let spans = ranges
                     .iter()
                     .filter_map(|range| self.desk.span(range.first_word, range.pages))

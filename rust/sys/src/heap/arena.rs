@@ -1,0 +1,216 @@
+//! An arena: a region whose memory is lent out in blocks, a word for each, and the table that finds it by an address.
+//!
+//! A block's word says how far its life has come; it moves by atomic operations alone, so that whoever frees, whoever opens and whoever
+//! looks need no common lock. Addresses are looked up without one, in a table of 2 MiB units; that an arena does not end while one of
+//! its blocks is lent is what makes that sound.
+
+use super::room::UNIT;
+use crate::object::{EXTENT_SIZE, PAGE_SIZE};
+use crate::protocol::{Page, Span};
+use crate::region::Region;
+use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::ptr;
+use std::sync::Arc;
+
+/// How far a block's life has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    /// No block begins here, or a free one.
+    Free,
+    /// Lent, and out of merging.
+    Lent,
+    /// Lent, and taking part.
+    Open,
+}
+
+/// A block's word: its life, the pass in which it was lent, its pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Block {
+    pub(super) life: Life,
+    pub(super) pass: u16,
+    pub(super) pages: u32,
+}
+
+impl Block {
+    const FREE: u64 = 0;
+
+    fn word(self) -> u64 {
+        let life = match self.life {
+            Life::Free => return Block::FREE,
+            Life::Lent => 1,
+            Life::Open => 2,
+        };
+        life | u64::from(self.pass) << 8 | u64::from(self.pages) << 32
+    }
+
+    fn of(word: u64) -> Block {
+        Block {
+            life: match word & 3 {
+                1 => Life::Lent,
+                2 => Life::Open,
+                _ => Life::Free,
+            },
+            pass: (word >> 8) as u16,
+            pages: (word >> 32) as u32,
+        }
+    }
+}
+
+/// A region that is lent out in blocks.
+pub(super) struct Arena {
+    pub(super) number: u32,
+    pub(super) region: Arc<Region>,
+    /// By first page, as are `bytes`: what was asked for.
+    blocks: Box<[AtomicU64]>,
+    bytes: Box<[AtomicU64]>,
+}
+
+/// Zeros that need no memory before they are written.
+fn zeros(count: u32) -> Box<[AtomicU64]> {
+    let zeros = Box::into_raw(vec![0u64; count as usize].into_boxed_slice());
+    // SAFETY: a u64 and its atomic have one layout (there are 64-bit systems only), and the box is this function's own.
+    unsafe { Box::from_raw(zeros as *mut [AtomicU64]) }
+}
+
+impl Arena {
+    pub(super) fn new(number: u32, region: Arc<Region>) -> Arena {
+        let pages = region.pages();
+        Arena {
+            number,
+            region,
+            blocks: zeros(pages),
+            bytes: zeros(pages),
+        }
+    }
+
+    /// Where the block that begins with this page begins.
+    pub(super) fn address(&self, first: u32) -> usize {
+        self.region.address() + first as usize * PAGE_SIZE
+    }
+
+    pub(super) fn block(&self, first: u32) -> Block {
+        Block::of(self.blocks[first as usize].load(Ordering::Acquire))
+    }
+
+    pub(super) fn lend(&self, first: u32, block: Block, bytes: usize) {
+        self.set_bytes(first, bytes);
+        self.blocks[first as usize].store(block.word(), Ordering::Release);
+    }
+
+    /// Takes a block back from whoever had it; what it was.
+    pub(super) fn take_back(&self, first: u32) -> Block {
+        Block::of(self.blocks[first as usize].swap(Block::FREE, Ordering::AcqRel))
+    }
+
+    /// Moves a block on, unless it was taken back meanwhile.
+    pub(super) fn advance(&self, first: u32, from: Block, life: Life) -> bool {
+        let to = Block { life, ..from };
+        self.blocks[first as usize]
+            .compare_exchange(from.word(), to.word(), Ordering::AcqRel, Ordering::Relaxed)
+            .is_ok()
+    }
+
+    /// How many bytes were asked for.
+    pub(super) fn bytes(&self, first: u32) -> usize {
+        self.bytes[first as usize].load(Ordering::Relaxed) as usize
+    }
+
+    pub(super) fn set_bytes(&self, first: u32, bytes: usize) {
+        self.bytes[first as usize].store(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The blocks that are lent, as they are met.
+    pub(super) fn lent(&self) -> impl Iterator<Item = (u32, Block)> {
+        let mut at = 0;
+        core::iter::from_fn(move || {
+            while at < self.region.pages() {
+                let (first, block) = (at, self.block(at));
+                if block.life != Life::Free {
+                    at += block.pages.max(1);
+                    return Some((first, block));
+                }
+                at += 1;
+            }
+            None
+        })
+    }
+}
+
+pub(super) fn span(first: u32, pages: u32) -> Span {
+    Span {
+        first: Page(first),
+        pages,
+    }
+}
+
+const LEAF: usize = 1 << 13;
+const ROOT: usize = 1 << 14;
+/// Units of an address space of 48 bits.
+const UNITS: usize = LEAF * ROOT;
+type Leaf = [AtomicPtr<Arena>; LEAF];
+
+/// By the 2 MiB unit of an address; leaves are never freed.
+static TABLE: [AtomicPtr<Leaf>; ROOT] = [const { AtomicPtr::new(ptr::null_mut()) }; ROOT];
+/// The lowest and the highest unit that ever had one: most addresses are told by these.
+static LOW: AtomicUsize = AtomicUsize::new(usize::MAX);
+static HIGH: AtomicUsize = AtomicUsize::new(0);
+
+fn entry(unit: usize) -> Option<&'static AtomicPtr<Arena>> {
+    // SAFETY: null, or a leaf that is never freed.
+    let leaf = unsafe { TABLE.get(unit / LEAF)?.load(Ordering::Acquire).as_ref() }?;
+    Some(&leaf[unit % LEAF])
+}
+
+/// The arena that an address lies in, and its page there. `None` for every address that is not lent from an arena.
+///
+/// # Safety
+/// If it is lent, it stays so for as long as the answer is used.
+pub(super) unsafe fn find<'a>(address: usize) -> Option<(&'a Arena, u32)> {
+    let unit = address / EXTENT_SIZE;
+    if unit < LOW.load(Ordering::Acquire) || unit > HIGH.load(Ordering::Acquire) {
+        return None;
+    }
+    // SAFETY: null, or an arena: it is taken out before it ends, and does not end while a block of it is lent.
+    let arena = unsafe { entry(unit)?.load(Ordering::Acquire).as_ref() }?;
+    let offset = address - arena.region.address();
+    offset
+        .is_multiple_of(PAGE_SIZE)
+        .then_some((arena, (offset / PAGE_SIZE) as u32))
+}
+
+fn units(arena: &Arena) -> impl Iterator<Item = usize> {
+    let first = arena.region.address() / EXTENT_SIZE;
+    first..first + (arena.region.pages() / UNIT) as usize
+}
+
+/// Has addresses found. The arenas' owner calls this, with its lock; false beyond the 48 bits that the kernel gives without being asked
+/// for more.
+pub(super) fn publish(arena: &Arc<Arena>) -> bool {
+    let (first, last) = (
+        units(arena).next().unwrap_or(UNITS),
+        units(arena).last().unwrap_or(UNITS),
+    );
+    if last >= UNITS {
+        return false;
+    }
+    for unit in units(arena) {
+        let root = &TABLE[unit / LEAF];
+        if root.load(Ordering::Acquire).is_null() {
+            let leaf: Box<Leaf> = Box::new([const { AtomicPtr::new(ptr::null_mut()) }; LEAF]);
+            root.store(Box::into_raw(leaf), Ordering::Release);
+        }
+        if let Some(entry) = entry(unit) {
+            entry.store(Arc::as_ptr(arena).cast_mut(), Ordering::Release);
+        }
+    }
+    LOW.fetch_min(first, Ordering::AcqRel);
+    HIGH.fetch_max(last, Ordering::AcqRel);
+    true
+}
+
+/// Has addresses found no more.
+pub(super) fn forget(arena: &Arena) {
+    units(arena)
+        .filter_map(entry)
+        .for_each(|entry| entry.store(ptr::null_mut(), Ordering::Release));
+}

@@ -1,0 +1,185 @@
+"""What may befall a program whose arrays all merge: limits, a dead broker, forks in the midst of allocation, its end."""
+
+from __future__ import annotations
+
+import pytest
+
+from test_merge_process import program
+
+
+def test_at_the_limit_of_mappings_arrays_are_made_and_freed() -> None:
+    program(
+        """
+        import mmap
+        content = chance(1, 16 * MIB)
+        pages = np.random.default_rng(2).permutation(4096)
+        scattered = content.reshape(4096, PAGE)[pages].reshape(-1)  # each page a mapping
+        wanted = bytearray(scattered.data)
+        wanted[5 :: PAGE] = bytes(byte ^ 1 for byte in wanted[5 :: PAGE])
+        plain = content.copy()
+        assert merging() == 2 * 4096
+        held = []
+        try:
+            while True:
+                access = mmap.PROT_READ if len(held) % 2 else mmap.PROT_READ | mmap.PROT_WRITE
+                held.append(mmap.mmap(-1, 2 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=access))
+        except OSError:
+            pass
+        scattered[5 :: PAGE] ^= 1
+        assert scattered.data == wanted
+        del plain
+        zeros = np.zeros(16 * MIB, np.uint8)
+        assert not zeros.any()
+        del scattered, zeros
+        again = [np.zeros(16 * MIB, np.uint8) for _ in range(2)]
+        assert not any(array.any() for array in again)
+        held.clear()
+        assert not any(array.any() for array in again)
+        """
+    )
+
+
+def test_where_no_arena_fits_numpys_own_memory_serves() -> None:
+    program(
+        """
+        import resource
+        pair = [chance(1, 8 * MIB).copy() for _ in range(2)]
+        assert merging() == 2 * 2048
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+        resource.setrlimit(resource.RLIMIT_AS, (used + 40 * MIB,) * 2)  # less than an arena
+        arrays = []
+        try:
+            while True:
+                arrays.append(np.ones(MIB, np.uint8))
+        except MemoryError:
+            pass
+        lent = sum(map(is_lent, arrays))
+        assert 0 < lent < len(arrays) and all(array.all() for array in arrays)
+        arrays.clear()
+        assert (pair[0] == chance(1, 8 * MIB)).all()
+        pair.clear()
+        assert not np.zeros(8 * MIB, np.uint8).any()
+        for impossible in (1 << 47, 1 << 62):
+            try:
+                np.empty(impossible, np.uint8)
+            except MemoryError:
+                continue
+            raise AssertionError(impossible)
+        """
+    )
+
+
+def test_locked_memory_is_given_up_all_the_same() -> None:
+    program(
+        """
+        import ctypes, resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+        first = np.ones(MIB, np.uint8)
+        if ctypes.CDLL(None).mlockall(1):
+            sys.exit(0)  # the limit is below what any program has
+        for _ in range(10):
+            arrays = [np.zeros(6 * MIB, np.uint8) for _ in range(20)]
+            assert not any(array.any() for array in arrays)
+            for array in arrays:
+                array[:] = 1
+            del arrays, array
+            assert ksmrs.process_stats().numpy_kept_bytes <= 64 * MIB
+        """
+    )
+
+
+def test_a_broker_that_is_killed_costs_nothing_but_time() -> None:
+    program(
+        """
+        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
+        assert merging() == 2 * 2048
+        os.kill(_ksmrs.status()["pid"], signal.SIGKILL)
+        arrays += [chance(1, 8 * MIB).copy() for _ in range(2)]
+        del arrays[0]
+        zeros = np.zeros(8 * MIB, np.uint8)
+        assert not zeros.any()
+        wait_for(lambda: merging() >= 3 * 2048, "merging under the next broker")
+        ksmrs.disconnect()
+        del arrays[1]
+        assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
+        assert not np.zeros(8 * MIB, np.uint8).any()
+        """
+    )
+
+
+def test_forks_while_threads_allocate() -> None:
+    program(
+        """
+        stop = threading.Event()
+        def allocate():
+            while not stop.is_set():
+                a = np.ones(1 << 17) + 1
+                zeros = np.zeros(3 * MIB, np.uint8)
+                assert not zeros[:: PAGE].any()
+                zeros += 1
+        threads = [threading.Thread(target=allocate) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        def child(deep):
+            array = np.ones(MIB, np.uint8)
+            fine = is_lent(array) and not any(np.zeros(n, np.uint8).any() for n in (MIB, 3 * MIB, 100_000))
+            if deep:
+                pid = os.fork()
+                if pid == 0:
+                    os._exit(child(False))
+                fine = fine and os.waitpid(pid, 0)[1] == 0
+            return 0 if fine else 3
+        for turn in range(60):
+            pid = os.fork()
+            if pid == 0:
+                status = 9
+                try:
+                    status = child(turn % 5 == 0)
+                finally:
+                    os._exit(status)
+            assert os.waitpid(pid, 0)[1] == 0, turn
+        stop.set()
+        for thread in threads:
+            thread.join()
+        """
+    )
+
+
+def test_children_of_an_embedded_broker_have_numpys_own_memory() -> None:
+    program(
+        """
+        ksmrs.connect(embedded=True)
+        ksmrs.merge_process(True)
+        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
+        assert merging() == 2 * 2048
+        pid = os.fork()
+        if pid == 0:
+            fine = not is_lent(np.ones(MIB, np.uint8)) and (arrays[0] == chance(1, 8 * MIB)).all()
+            arrays.clear()
+            os._exit(0 if fine and not np.zeros(8 * MIB, np.uint8).any() else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
+        """,
+        on=False,
+    )
+
+
+@pytest.mark.parametrize("how", ["sys.exit(0)", "os._exit(0)", "pass"])
+def test_the_end_comes_while_threads_allocate(how: str) -> None:
+    program(
+        f"""
+        ksmrs.tunables.sleep_millisecs = 0
+        arrays = [chance(1, 8 * MIB).copy() for _ in range(4)]
+        begun = threading.Barrier(5)
+        def allocate():
+            begun.wait()
+            while True:
+                np.zeros(MIB, np.uint8)[:] = 1
+        for _ in range(4):
+            threading.Thread(target=allocate, daemon=True).start()
+        begun.wait()
+        ksmrs.merge(1)
+        {how}
+        """
+    )
