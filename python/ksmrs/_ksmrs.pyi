@@ -57,6 +57,8 @@ class Region:
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
     def page_states(self) -> bytes:
         """Return one byte per page: its state, as in `ksmrs.PageState`."""
+    def items(self) -> int:
+        """Count the pages that show a frame or, as the last scan saw them, have memory."""
     def leave(self) -> None:
         """Unmerge everything and take the memory out of ksmrs; it stays mapped while anybody can see it."""
 
