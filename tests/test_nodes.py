@@ -175,7 +175,7 @@ def test_a_page_that_nobody_writes_keeps_its_node(shared: bool, tmp_path: Path) 
         place((one, (0, MANY), 1))
         rounds = ksmrs.merge(60).rounds + ksmrs.merge(60).rounds
         wait_for(lambda: tracked(one), "registration")
-        # Armed and read, and from then on left unread: but once more when nodes begin to count, for what is remembered has none in it.
+        # Armed and read, and from then on left unread; but read once more when nodes begin to count.
         # In 16 rounds all of a shared region is read for the sake of it.
         rounds += ksmrs.merge(60).rounds
         ksmrs.tunables.merge_across_nodes = 0
