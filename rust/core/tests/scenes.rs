@@ -450,6 +450,21 @@ fn pages_of_two_nodes_make_two_frames_unless_they_merge_across() {
 }
 
 #[test]
+fn frames_of_neighbours_on_two_nodes_are_filled_on_two() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    world.core.set("merge_across_nodes", "0").unwrap();
+    let ids = [0, 0].map(|node| on_node(&mut world, 64, node));
+    for id in ids {
+        (0..64).for_each(|page| world.migrate(id, page, (page / 4 % 2) as u8));
+    }
+    world.merge();
+    assert_eq!(counted(&world), (64, 64, 0, 0));
+    let expected: Vec<_> = (0..64).map(|page| Some(page / 4 % 2)).collect();
+    assert!(ids.into_iter().all(|id| world.nodes_shown(id) == expected));
+}
+
+#[test]
 fn who_has_no_node_merges_with_nothing_but_zeros() {
     let mut world = World::with_slots(1, 64 * WINDOW);
     world.disk_trouble = false;

@@ -288,6 +288,7 @@ impl World {
                     "{slot:?} is filled while it has a content"
                 );
                 assert_eq!(mapped.get(&slot), None, "{slot:?} is filled under a page");
+                self.filled_on.insert(slot, fill.node);
                 let content = copies[usize::from(fill.staging_index + i)].expect("only copied pages are filled");
                 if self.disk_trouble && self.roll(16) == 0 {
                     checksums.push(None);
