@@ -3,7 +3,7 @@
     python benches/report.py [--quick] [--only NAME ...] [--without-kernel] [--to benches/report]
 
 Each bench is a child process with --json; what is compared is compared within one child, by that bench. Kernel KSM's knobs
-are looked at first and are the same afterwards, also after Ctrl-C or SIGTERM or when a child is killed. Without root or
+are the same afterwards, also after Ctrl-C or SIGTERM or when a child, or this process, is killed. Without root or
 without kernel KSM, ksmrs is measured alone, and the report says so. A bench that fails is named in the report, and the exit
 status is 1. Quick figures are of sizes too small to judge, and are not judged.
 """
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -175,15 +175,18 @@ def machine() -> dict[str, Any]:
 
 
 def stop(child: subprocess.Popen[str]) -> None:
-    """End a bench and its workers, which have a session of their own: first politely, so that it puts the knobs back."""
-    for number, patience in ((signal.SIGINT, PATIENCE_SECONDS), (signal.SIGKILL, PATIENCE_SECONDS)):
-        try:
+    """End a bench and its workers, which have a session of their own: first politely, so that it puts the knobs back.
+
+    Returns when nobody writes to its standard error any more: its workers are gone, and so is who puts back what it could not.
+    """
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-            child.wait(patience)
-        except ProcessLookupError:
-            return
+        try:
+            child.communicate(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
+        return
 
 
 def run(scenario: Scenario, quick: bool, environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
@@ -299,15 +302,14 @@ def main() -> int:
         "failed": {},
     }
     began = time.monotonic()
-    with nullcontext() if report["kernel_unavailable"] else kernel_ksm.kept():
-        for name in arguments.only or SCENARIOS:
-            print(f"{name} ...", flush=True)
-            result, why = run(SCENARIOS[name], arguments.quick, environment)
-            if result is None:
-                report["failed"][name] = why
-                print(f"{name} failed: {why}", file=sys.stderr)
-            else:
-                report["results"][name] = result
+    for name in arguments.only or SCENARIOS:
+        print(f"{name} ...", flush=True)
+        result, why = run(SCENARIOS[name], arguments.quick, environment)
+        if result is None:
+            report["failed"][name] = why
+            print(f"{name} failed: {why}", file=sys.stderr)
+        else:
+            report["results"][name] = result
     table = rows(report["results"])
     report |= {"seconds": time.monotonic() - began, "rows": [asdict(row) for row in table]}
     arguments.to.mkdir(parents=True, exist_ok=True)
