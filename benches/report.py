@@ -80,6 +80,19 @@ class Row:
         return "not judged" if quick and verdicts else pair(*verdicts)
 
 
+def saved(work: str, engines: dict[str, dict[str, float]]) -> list[Row]:
+    """What a merge saved, gross and net of all that merging takes."""
+    kinds = {"kernel_maximum": ("kernel", "array by kernel"), "private": ("private", "array"), "shared": ("shared",)}
+    found = []
+    for word in ("gross", "net"):
+        row = Row(f"{work}: saved, {word}", "MiB")
+        for field, names in kinds.items():
+            for figures in (engines[name] for name in names if name in engines):
+                setattr(row, field, figures[f"{word}_saved_mib"])
+        found.append(row)
+    return found
+
+
 def merged(work: str, target_private: float | None, target_shared: float | None, result: dict[str, Any]) -> Row:
     cpu = {kind: figures["cpu_seconds"] for kind, figures in result["medians"].items()}
     ratio = result["cpu_ratio_to_kernel"]
@@ -99,12 +112,15 @@ def merged(work: str, target_private: float | None, target_shared: float | None,
 def rows(results: dict[str, Any]) -> list[Row]:
     """The table of DESIGN's targets, as far as they were measured."""
     found = []
-    if "merge_2" in results:
-        found.append(merged("merge equal data", 1 / 5, 1 / 4, results["merge_2"]))
-    if "merge_8" in results:
-        found.append(merged("merge equal data", 1 / 5, 1 / 3, results["merge_8"]))
-    if "merge_arrays" in results:
-        found.append(merged("merge equal ndarrays in place", None, None, results["merge_arrays"]))
+    merges = {
+        "merge_2": ("merge equal data", 1 / 5, 1 / 4),
+        "merge_8": ("merge equal data", 1 / 5, 1 / 3),
+        "merge_arrays": ("merge equal ndarrays in place", None, None),
+    }
+    for name, targets in merges.items():
+        if name in results:
+            row = merged(*targets, results[name])
+            found += [row, *saved(row.work, results[name]["medians"])]
     for size, engines in results.get("scattered", {}).get("sizes", {}).items():
         us = {kind: figures["us_per_saved_page"] for kind, figures in engines.items()}
         part = {kind: ours / us["kernel"] for kind, ours in us.items() if "kernel" in us}
@@ -114,10 +130,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         row.ratio_private, row.ratio_shared = part.get("private"), part.get("shared")
         row.target_private = row.target_shared = target
         found.append(row)
-        saved = {kind: figures["part_saved"] for kind, figures in engines.items()}
-        found.append(
-            Row(f"{work}, saved", "of duplicates", None, saved.get("kernel"), saved["private"], saved["shared"])
-        )
+        found += saved(work, engines)
     if "time_to_savings" in results:
         result = results["time_to_savings"]
         for unit, name in (("s", "wall_seconds"), ("s CPU", "merge_cpu_seconds")):
@@ -164,6 +177,7 @@ def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),
@@ -171,6 +185,7 @@ def machine() -> dict[str, Any]:
         "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "huge_pages": choice.read_text().strip() if choice.exists() else "none",
     }
 
 
@@ -216,7 +231,8 @@ def markdown(report: dict[str, Any], table: list[Row]) -> str:
         "# Figures of ksmrs",
         "",
         f"{about['cpu']}, {about['cores']} cores, {about['memory_mib']:,} MiB, Linux {about['kernel']}, "
-        f"Python {about['python']}. Taken in one run of `make bench`, {report['seconds']:.0f} s.",
+        f"Python {about['python']}, transparent huge pages {about['huge_pages']}. "
+        f"Taken in one run of `make bench`, {report['seconds']:.0f} s.",
         "",
     ]
     if report["kernel_unavailable"]:

@@ -23,8 +23,11 @@ def test_a_quick_report_has_figures_and_turns_no_knob(tmp_path: Path) -> None:
     assert kernel_ksm.knobs() == before
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["results"]) == {"merge_2", "adopted_memory"} and report["failed"] == {}
-    (row,) = report["rows"]
+    row, gross, net = report["rows"]
     assert row["private"] > 0 and row["shared"] > 0
     assert row["kernel_maximum"] is None and row["ratio_private"] is None
+    for kind in ("private", "shared"):
+        # What the broker takes, if nothing else, is less than 32 MiB and more than nothing.
+        assert gross[kind] == 8 and -24 < net[kind] < 8
     text = (tmp_path / "report.md").read_text()
     assert "Kernel KSM was not measured" in text and "merge equal data: 2 x 8 MiB" in text
