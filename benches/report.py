@@ -48,6 +48,7 @@ SCENARIOS = {
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
+    "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
     "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
@@ -109,6 +110,24 @@ def merged(work: str, target_private: float | None, target_shared: float | None,
     )
 
 
+def unique(result: dict[str, Any]) -> list[Row]:
+    found = []
+    figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
+    targets = {"clean": 1 / 300, "100 % written": 1 / 10}
+    for state in figures["private, tracked"]:
+        for how in ("tracked", "read"):
+            us = {kind: figures[f"{kind}, {how}"][state]["us_per_page"] for kind in ("private", "shared")}
+            row = Row(f"scan {result['mb']} MiB of unique pages, {state}, {how}", "us CPU a page", **us)
+            if ratios:
+                row.kernel_maximum = figures["kernel"][state]["us_per_page"]
+                row.ratio_private, row.ratio_shared = (ratios[f"{kind}, {how}"][state] for kind in us)
+                row.kernel_default = figures["kernel, defaults"].get(state, {}).get("us_per_page")
+            if how == "tracked":
+                row.target_private = row.target_shared = targets.get(state)
+            found.append(row)
+    return found
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
     """The table of DESIGN's targets, as far as they were measured."""
     found = []
@@ -151,6 +170,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
                     target_private=1.0,
                 )
             )
+    if "unique" in results:
+        found += unique(results["unique"])
     for name, figures in results.get("scan_clean", {}).items():
         found.append(Row(f"scan unique pages again, {name}", "ns a page", private=figures["scanner_ns"]))
     return found
