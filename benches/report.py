@@ -48,6 +48,7 @@ SCENARIOS = {
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
+    "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
     "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
@@ -110,6 +111,25 @@ def merged(work: str, target_private: float | None, target_shared: float | None,
     )
 
 
+def growth(result: dict[str, Any]) -> list[Row]:
+    def row(work: str, unit: str, name: str, figure: str, target: float | None = None) -> Row:
+        value = {kind: fits[name][figure] for kind, fits in result["fits"].items()}
+        found = Row(work, unit, None, value.get("kernel"), value["private"], value["shared"])
+        if target and "kernel" in value:
+            found.ratio_private, found.ratio_shared = (value[kind] / value["kernel"] for kind in ("private", "shared"))
+            found.target_private = found.target_shared = target
+        return found
+
+    sizes = [int(size) for size in result["sizes"]["private"]]
+    span = f"merge equal data, {min(sizes)} to {max(sizes)} MiB"
+    return [
+        row(f"{span}: a page more", "us CPU", "cpu", "per_page"),
+        row(f"{span}: a page more", "us wall", "wall", "per_page"),
+        row(f"{span}: a page more", "bytes of metadata", "metadata", "per_page", 1 / 2),
+        row(f"{span}: CPU grows with the power", "of pages", "cpu", "exponent"),
+    ]
+
+
 def unique(result: dict[str, Any]) -> list[Row]:
     found = []
     figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
@@ -170,6 +190,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
                     target_private=1.0,
                 )
             )
+    if "growth" in results:
+        found += growth(results["growth"])
     if "unique" in results:
         found += unique(results["unique"])
     for name, figures in results.get("scan_clean", {}).items():
