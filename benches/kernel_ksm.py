@@ -57,11 +57,16 @@ WITHOUT = "KSMRS_BENCH_WITHOUT_KERNEL"
 
 def opt_in(array: np.ndarray[Any, Any]) -> None:
     """Give the whole pages of an array to the kernel's KSM."""
+    advise(array, MADV_MERGEABLE)
+
+
+def advise(array: np.ndarray[Any, Any], advice: int) -> None:
+    """Give the kernel advice about the whole pages of an array."""
     first = -(-array.ctypes.data // PAGE) * PAGE
     end = (array.ctypes.data + array.nbytes) // PAGE * PAGE
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_MERGEABLE):
-        raise OSError(ctypes.get_errno(), "madvise(MADV_MERGEABLE)")
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice):
+        raise OSError(ctypes.get_errno(), f"madvise(..., {advice})")
 
 
 def unavailable() -> str | None:

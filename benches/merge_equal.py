@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,11 @@ class Content:
 
 
 class Memory:
-    """A worker's memory, of one of the five kinds."""
+    """A worker's memory, of one of the five kinds, advised before it is filled."""
 
-    def __init__(self, kind: str, nbytes: int, order: int) -> None:
+    def __init__(
+        self, kind: str, nbytes: int, order: int, content: type[Content] = Content, advice: int | None = None
+    ) -> None:
         if kind == "kernel":
             self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             self.array = np.frombuffer(self._map, np.uint64)
@@ -89,7 +92,9 @@ class Memory:
             self.array = np.empty((nbytes + PAGE) // 8, np.uint64)
         else:
             self.array = ksmrs.empty(nbytes // 8, np.uint64, shared=kind == "shared")
-        self.content = Content(self.array.size // WORDS, order)
+        if advice is not None:
+            kernel_ksm.advise(self.array, advice)
+        self.content = content(self.array.size // WORDS, order)
         self.content.fill(self.array)
         if kind == "array":
             ksmrs.madvise(self.array, ksmrs.MADV_MERGEABLE)
@@ -98,7 +103,8 @@ class Memory:
         kernel_ksm.opt_in(self.array)
 
 
-def worker(kind: str, nbytes: int, order: int) -> None:
+def worker(kind: str, make: Callable[[], Any], **more: Callable[[Any], Any]) -> None:
+    """Make memory and do as a driver says, line by line; what it says beside the usual is done with that memory."""
     # What the program itself needs to make and check contents is there before.
     trial = np.empty(2 * PART * WORDS, np.uint64)
     Content(2 * PART, 1).fill(trial)
@@ -108,14 +114,15 @@ def worker(kind: str, nbytes: int, order: int) -> None:
     if kind not in ("kernel", "array by kernel"):
         # Merging begins when the driver says so, in all processes at once.
         ksmrs.connect()
-    memory = Memory(kind, nbytes, order)
-    commands = {
+    memory = make()
+    commands: dict[str, Callable[[], Any]] = {
         "cpu": time.process_time,
         "empty": lambda: asdict(empty),
         "footprint": lambda: asdict(footprint.of()),
         "opt in": memory.opt_in,
         "read": lambda: int(memory.array[:: PAGE // 8].sum()) and None,
         "check": lambda: memory.content.fills(memory.array),
+        **{name: partial(call, memory) for name, call in more.items()},
     }
     print("ready", flush=True)
     for line in sys.stdin:
@@ -123,11 +130,16 @@ def worker(kind: str, nbytes: int, order: int) -> None:
 
 
 class Workers:
-    def __init__(self, kind: str, nbytes: int, count: int, scattered: bool = False) -> None:
+    """Processes that each hold so many bytes of a kind; the last word on their command line is the order of their pages."""
+
+    def __init__(
+        self, kind: str, nbytes: int, count: int, scattered: bool = False, words: tuple[str, ...] = ()
+    ) -> None:
+        command = [sys.executable, *(words or (__file__,)), "--worker", kind, str(nbytes)]
         self.nbytes = nbytes * count
         self._processes = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", kind, str(nbytes), str(number if scattered else 0)],
+                [*command, str(number if scattered else 0)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -138,12 +150,14 @@ class Workers:
             if process.stdout is None or process.stdout.readline().strip() != "ready":
                 raise RuntimeError(f"worker {process.pid} did not start")
 
-    def ask(self, command: str) -> list[Any]:
-        for process in self._processes:
+    def ask(self, command: str, count: int | None = None) -> list[Any]:
+        """What the workers, or the first few of them, answer; they do it at the same time."""
+        asked = self._processes[:count]
+        for process in asked:
             assert process.stdin is not None
             process.stdin.write(command + "\n")
             process.stdin.flush()
-        return [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
+        return [json.loads(process.stdout.readline()) for process in asked if process.stdout is not None]
 
     def cpu(self) -> float:
         return float(sum(self.ask("cpu")))
@@ -224,15 +238,22 @@ def until(counted: Callable[[], int], wanted: int, patience: float = PATIENCE_SE
         time.sleep(pause)
 
 
+def merge_by_kernel(workers: Workers, wanted: int) -> None:
+    workers.ask("opt in")
+    until(lambda: kernel_ksm.counter("pages_shared") + kernel_ksm.counter("pages_sharing"), wanted)
+
+
+def merge_by_ksmrs(_workers: Workers, wanted: int) -> None:
+    report = ksmrs.merge(timeout=PATIENCE_SECONDS)
+    stats = ksmrs.stats()
+    if not report.finished or stats.pages_shared + stats.pages_sharing != wanted:
+        raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
+
+
 def run_kernel(kind: str, nbytes: int, count: int) -> dict[str, float]:
     wanted = nbytes // PAGE * count
-
-    def merge() -> None:
-        workers.ask("opt in")
-        until(lambda: kernel_ksm.counter("pages_shared") + kernel_ksm.counter("pages_sharing"), wanted)
-
     with Workers(kind, nbytes, count) as workers, kernel_ksm.tuned_to_the_maximum():
-        return measure(workers, Engine(), merge, wanted)
+        return measure(workers, Engine(), lambda: merge_by_kernel(workers, wanted), wanted)
 
 
 @contextmanager
@@ -252,15 +273,8 @@ def fresh_broker(**options: Any) -> Iterator[Broker]:
 
 def run_ksmrs(kind: str, nbytes: int, count: int) -> dict[str, float]:
     wanted = nbytes // PAGE * count
-
-    def merge() -> None:
-        report = ksmrs.merge(timeout=PATIENCE_SECONDS)
-        stats = ksmrs.stats()
-        if not report.finished or stats.pages_shared + stats.pages_sharing != wanted:
-            raise SystemExit(f"ksmrs merged less than everything: {report}, {stats}")
-
     with fresh_broker() as engine, Workers(kind, nbytes, count) as workers:
-        return measure(workers, engine, merge, wanted)
+        return measure(workers, engine, lambda: merge_by_ksmrs(workers, wanted), wanted)
 
 
 def small_pages_only() -> None:
@@ -278,7 +292,8 @@ def warm(nbytes: int) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
-        worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        kind, nbytes, order = sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+        worker(kind, lambda: Memory(kind, nbytes, order))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=int, default=256)

@@ -49,6 +49,7 @@ SCENARIOS = {
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
     "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
+    "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),
     "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
@@ -130,6 +131,28 @@ def growth(result: dict[str, Any]) -> list[Row]:
     ]
 
 
+def read_merged(result: dict[str, Any]) -> list[Row]:
+    """What reading costs before merging and after it, each in parts of what it costs in memory that kernel KSM has, or had."""
+    found = []
+    units = {"ns_per_load": ("random loads", "ns CPU a load"), "gb_per_cpu_second": ("sum", "ms CPU a GB")}
+    for name, (work, unit) in units.items():
+        for backing, engines in result["figures"].items():
+            for count in engines["private"]["before"]:
+                for when in ("before", "after"):
+                    value = {kind: engine[when][count][name] for kind, engine in engines.items()}
+                    if name == "gb_per_cpu_second":
+                        value = {kind: 1e3 / speed for kind, speed in value.items()}
+                    row = Row(f"{work}, {result['mb']} MiB of {backing} pages, {count} reading, {when} merging", unit)
+                    row.kernel_maximum, row.private, row.shared = value.get("kernel"), value["private"], value["shared"]
+                    if "kernel" in value and when == "after":
+                        row.ratio_private, row.ratio_shared = (
+                            value[kind] / value["kernel"] for kind in ("private", "shared")
+                        )
+                        row.target_private = row.target_shared = 1.0
+                    found.append(row)
+    return found
+
+
 def unique(result: dict[str, Any]) -> list[Row]:
     found = []
     figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
@@ -192,6 +215,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
             )
     if "growth" in results:
         found += growth(results["growth"])
+    if "read_merged" in results:
+        found += read_merged(results["read_merged"])
     if "unique" in results:
         found += unique(results["unique"])
     for name, figures in results.get("scan_clean", {}).items():
