@@ -68,7 +68,8 @@ class Content:
     def parts(self, array: np.ndarray[Any, Any]) -> Iterator[tuple[Any, Any]]:
         rows = array.reshape(-1, WORDS)
         for at in range(0, len(rows), PART):
-            yield rows[at : at + PART], pages(self._numbers[at : at + PART])
+            part = rows[at : at + PART]
+            yield part, pages(self._numbers[at : at + len(part)])
 
     def fill(self, array: np.ndarray[Any, Any]) -> None:
         for rows, content in self.parts(array):

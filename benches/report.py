@@ -50,6 +50,7 @@ SCENARIOS = {
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
     "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
     "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),
+    "application": Scenario("application.py", (), ("--mb", "8", "--seconds", "0.5", "--rounds", "1")),
     "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
@@ -153,6 +154,35 @@ def read_merged(result: dict[str, Any]) -> list[Row]:
     return found
 
 
+def application(result: dict[str, Any]) -> list[Row]:
+    """Each mode against kernel KSM in the same mode; with merging off, what there is to lose."""
+    found = []
+    figures = result["figures"]
+    for mode in figures["private"]:
+        for name in ("streaming", "random writes"):
+            for at in ("p50", "p99"):
+                value = {kind: modes[mode][name][at] for kind, modes in figures.items()}
+                row = Row(
+                    f"application, merging {mode}: {name}, {at}", "us", None, None, value["private"], value["shared"]
+                )
+                if mode == "defaults":
+                    row.kernel_default = value.get("kernel")
+                else:
+                    row.kernel_maximum = value.get("kernel")
+                if "kernel" in value and mode == "without pause":
+                    row.ratio_private, row.ratio_shared = (
+                        value[kind] / value["kernel"] for kind in ("private", "shared")
+                    )
+                found.append(row)
+        cpu = {kind: modes[mode]["cpu_us_per_operation"] for kind, modes in figures.items()}
+        row = Row(
+            f"application, merging {mode}: its own CPU", "us an operation", private=cpu["private"], shared=cpu["shared"]
+        )
+        setattr(row, "kernel_default" if mode == "defaults" else "kernel_maximum", cpu.get("kernel"))
+        found.append(row)
+    return found
+
+
 def unique(result: dict[str, Any]) -> list[Row]:
     found = []
     figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
@@ -217,6 +247,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found += growth(results["growth"])
     if "read_merged" in results:
         found += read_merged(results["read_merged"])
+    if "application" in results:
+        found += application(results["application"])
     if "unique" in results:
         found += unique(results["unique"])
     for name, figures in results.get("scan_clean", {}).items():
