@@ -51,13 +51,16 @@ FIGURES = ("gb_per_cpu_second", "ns_per_load", "gb_per_second", "ns_per_load_by_
 
 
 def build() -> None:
+    """Make the library that chases, unless it is there and no older than what it is made from."""
+    if LIBRARY.exists() and LIBRARY.stat().st_mtime >= SOURCE.stat().st_mtime:
+        return
     LIBRARY.parent.mkdir(parents=True, exist_ok=True)
     made = LIBRARY.with_suffix(f".{os.getpid()}")
-    subprocess.run(
-        ["rustc", "--edition", "2024", "-O", "--crate-type", "cdylib", "-o", made, SOURCE],
-        check=True,
-        stdin=subprocess.DEVNULL,
-    )
+    command = ["rustc", "--edition", "2024", "-O", "--crate-type", "cdylib", "-o", made, SOURCE]
+    try:
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+    except FileNotFoundError:
+        raise SystemExit(f"no rustc in PATH to build {LIBRARY} from {SOURCE}: build it with `make bench`") from None
     made.replace(LIBRARY)
 
 
