@@ -33,6 +33,8 @@ def cost(mb: int, found: dict[str, float]) -> dict[str, float]:
         "wall_seconds": found["wall_seconds"],
         "metadata_bytes_per_page": (found["gross_saved_mib"] - found["net_saved_mib"]) * MIB / pages,
         "net_saved_mib": found["net_saved_mib"],
+        "huge_before_part": found["huge_before_mib"] / mb,
+        "huge_after_part": found["huge_after_mib"] / mb,
     }
 
 
@@ -72,7 +74,8 @@ def main() -> None:
         for mb, found in costs.items():
             print(
                 f"{kind:8} {mb:>5} MiB: {found['us_per_page']:6.2f} us CPU a page, {found['wall_seconds']:7.2f} s wall, "
-                f"{found['metadata_bytes_per_page']:7.1f} bytes of metadata a page"
+                f"{found['metadata_bytes_per_page']:7.1f} bytes of metadata a page; in huge pages "
+                f"{found['huge_before_part']:.0%} before, {found['huge_after_part']:.0%} after"
             )
         for name, line in fits[kind].items():
             unit, scale, fixed = ("bytes", MIB, "MiB") if name == "metadata" else ("us", 1e6, "s")
