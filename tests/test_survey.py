@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -23,9 +24,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import kernel_ksm
 import ksmrs
 from children import Child, brokers_in, ended, forked, wait_for
-from ksmrs import _survey, _survey_command, _survey_refusal, _survey_report
+from ksmrs import _doctor, _survey, _survey_command, _survey_refusal, _survey_report
 
 PAGE = 4096
 MIB = 1 << 20
@@ -171,6 +173,53 @@ wait()
     for name in ("pages_shared", "pages_sharing", "ksm_zero_pages"):
         assert getattr(found.ksmrs, name) == getattr(now, name), name
     assert found.ksmrs.saved_bytes == now.saved_bytes
+
+
+KERNEL_MERGES = """
+room = Room()
+room.put(noise(7, 200)); room.put(noise(5, 1) * 600); room.zeros(70); room.put(noise({seed}, 130))
+wait()
+assert libc.madvise(ctypes.c_void_p(room.address), ctypes.c_size_t(len(room.memory)), 12) == 0
+wait()
+"""
+
+
+@pytest.mark.parametrize("use_zero_pages", [0, 1])
+def test_what_it_says_of_the_kernel_is_what_the_kernel_gives(use_zero_pages: int) -> None:
+    why_not = kernel_ksm.unavailable()
+    if why_not or not (kernel_ksm.KSM / "use_zero_pages").exists():
+        pytest.skip(why_not or "this kernel has no use_zero_pages")
+    with holding(*(KERNEL_MERGES.format(seed=seed) for seed in (20, 30, 20))) as children:
+        knobs: dict[str, int | str] = {
+            "advisor_mode": "none",
+            "smart_scan": 0,
+            "sleep_millisecs": 0,
+            "pages_to_scan": 10_000,
+        }
+        with kernel_ksm.turned({**knobs, "max_page_sharing": 100, "use_zero_pages": use_zero_pages, "run": 0}):
+            found = look(*children)
+            for child in children:
+                child.tell()
+                assert child.line() == "ready"
+            kernel_ksm.turn("run", 1)
+            passes = kernel_ksm.counter("full_scans")
+            wait_for(lambda: kernel_ksm.counter("full_scans") > passes + 4, "four passes", 60)
+            names = ("pages_shared", "pages_sharing", "ksm_zero_pages")
+            given = {name: kernel_ksm.counter(name) for name in names}
+            # Looked at again, what is merged is left, and nothing is given a copy by being read.
+            again = look(*children)
+            assert given == {name: kernel_ksm.counter(name) for name in names}
+        for child in children:
+            child.tell()
+            assert child.line() == "ready"
+    assert {name: getattr(found.kernel_ksm, name) for name in given} == given
+    frames = 1800 // 100
+    zeros = 210 if use_zero_pages else 0
+    assert given["ksm_zero_pages"] == zeros
+    # 210 of zeros fill two frames and a third one.
+    assert given["pages_sharing"] == 1800 - frames + 2 * 200 + 130 + (0 if zeros else 210 - 3)
+    assert again.pages_shared_already == sum(given.values())
+    assert again.pages_read == 3 * 1000 - again.pages_shared_already and again.kernel_ksm.saved_bytes == 0
 
 
 def test_it_starts_no_broker(runtime_dir: Path) -> None:
@@ -416,6 +465,98 @@ def test_a_process_that_ends_meanwhile_does_not_count() -> None:
     assert made.kept()[2] == 3000
 
 
+def test_a_thread_is_not_another_process() -> None:
+    program = """
+import threading
+thread = threading.Thread(target=signal.pause, daemon=True)
+thread.start()
+room = Room(); room.put(noise(1, 100))
+print(thread.native_id, flush=True)
+"""
+    with Child(HOLDS + program + "wait()", prelude=False) as child:
+        thread = int(child.line())
+        assert child.line() == "ready"
+        found = ksmrs.survey([child.pid, thread], settle=0, min_bytes=LEAST)
+        child.tell()
+        child.end()
+    assert found.ksmrs.pages_sharing == 0 and found.pages_read == 100
+    assert "has the memory of another one" in found.processes[1].refusal
+
+
+def test_shared_memory_that_two_processes_map_is_none_that_ksmrs_merges() -> None:
+    """Each touches pages of its own, so that no page is in both page tables."""
+    program = """
+room = Room(SHARED)
+filled, tell = os.pipe()
+child = os.fork()
+room.used = 100 * PAGE if child else 0
+room.put(noise(1, 100))
+if child == 0:
+    libc.prctl(1, signal.SIGKILL)
+    os.write(tell, b"!")
+    signal.pause()
+os.read(filled, 1)
+print(child, flush=True)
+wait()
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+"""
+    with Child(HOLDS + program, prelude=False) as child:
+        fork = int(child.line())
+        assert child.line() == "ready"
+        alone = ksmrs.survey(child.pid, settle=0, min_bytes=LEAST)
+        found = ksmrs.survey([child.pid, fork], settle=0, min_bytes=LEAST)
+        child.tell()
+        child.end()
+    assert alone.pages_read == 100, "nobody said that there is another"
+    assert found.pages_read == found.ksmrs.saved_bytes == 0
+    for process in found.processes:
+        kinds = {kind.kind: kind for kind in process.kinds}
+        assert "shared memory" not in kinds and kinds["file"].pages_present >= 100
+
+
+def test_addresses_without_memory_take_no_time() -> None:
+    """As a sanitizer's shadow: terabytes of addresses, one page in each 64 GiB."""
+    program = """
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+shadow = libc.mmap(None, 1 << 42, 3, 0x4022, -1, 0)
+assert libc.madvise(ctypes.c_void_p(shadow), ctypes.c_size_t(1 << 42), 15) == 0
+for at in range(0, 1 << 42, 1 << 36): ctypes.memset(shadow + at, 7, 1)
+"""
+    with holding(program) as (child,):
+        found = look(child)
+    assert found.pages_read == 64 and found.duplicates_within == 63
+    version = _doctor.kernel_version(platform.release())
+    if version >= _doctor.TRACKING_KERNEL:
+        # Entry by entry they take 13 s.
+        assert found.cpu_seconds < 2
+
+
+def test_its_memory_is_bounded() -> None:
+    """Of 300 MiB, all of it different, all of it elsewhere at another offset: the most that lists can hold."""
+    program = "data = noise(1, 36000)\nroom = Room(); room.put(data); room.put(b'x' * 16); room.put(data[:-16])"
+    surveys = f"""
+import resource, sys, ksmrs
+ksmrs.survey(int(sys.argv[1]), settle=0, cpu=1, min_bytes=1 << 40, memory={4 * MIB})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+found = ksmrs.survey(int(sys.argv[1]), settle=0, cpu=1, min_bytes={LEAST}, memory=int(sys.argv[2]))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+print(found.pages_read, after - before, found.fraction, found.pages_out_of_phase)
+"""
+    with holding(program.replace("Room()", f"Room(size={300 * MIB})")) as (child,):
+        for memory, fractions in ((64 * MIB, {1}), (MIB, {1 / 2, 1 / 4})):
+            line = [sys.executable, "-c", surveys, str(child.pid), str(memory)]
+            done = subprocess.run(line, capture_output=True, text=True, check=True)
+            pages, grown, fraction, out_of_phase = map(float, done.stdout.split())
+            assert pages == 72_000
+            assert fraction in fractions
+            # The buffer for reading, a thread's stack and what the allocator rounds up are fixed.
+            most = min(memory, 72_000 * ksmrs._ksmrs.Survey.BYTES_PER_PAGE)
+            assert grown < most * 1.1 + 1.5 * MIB, (memory, grown)
+            assert out_of_phase == pytest.approx(35_999, rel=0.02), "an estimate where contents are sampled"
+
+
 @pytest.mark.parametrize(
     ("pids", "refused"), [([1 << 22], "there is none"), ([], "no process"), ([0], "is no process")]
 )
@@ -641,6 +782,8 @@ def test_memory_has_stopped_growing_after_two_seconds_of_the_same() -> None:
 def test_options_that_mean_nothing_are_refused() -> None:
     assert "--after is for a command" in command("--after", "1", "1").stderr
     assert "--children is for processes" in command("--children", "--", "true").stderr
+    assert "name processes by their numbers" in command("1", "--", "true").stderr
+    assert "is not a valid integer" in command("true").stderr, "without -- it is no command"
     assert command().returncode == 2
 
 

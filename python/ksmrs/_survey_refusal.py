@@ -18,6 +18,8 @@ def reason(pid: int, refused: OSError) -> str:
     """One sentence for a process that could not be opened."""
     if refused.errno in {errno.ESRCH, errno.ENOENT}:
         return f"process {pid}: there is none with this number, or it has no memory of its own"
+    if refused.errno == errno.EEXIST:
+        return f"process {pid} has the memory of another one that is named (it is a thread of it, or about to run a program)"
     if refused.errno in {errno.EMFILE, errno.ENFILE}:
         return f"process {pid}: no descriptor is free ({refused.strerror}); each process takes two: raise ulimit -n"
     if refused.errno not in {errno.EACCES, errno.EPERM}:

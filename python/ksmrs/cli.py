@@ -106,8 +106,21 @@ def top(interval: float, once: bool) -> None:
     _top.run(interval, once)
 
 
-@main.command()
-@click.argument("targets", metavar="PID... | -- COMMAND...", nargs=-1, required=True, type=click.UNPROCESSED)
+class _BeforeCommand(click.Command):
+    """Takes what follows `--` for a command, whatever it looks like."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            context.obj = args[args.index("--") + 1 :]
+            args = args[: args.index("--")]
+        return super().parse_args(context, args)
+
+    def collect_usage_pieces(self, context: click.Context) -> list[str]:
+        return ["[OPTIONS] {PID... | -- COMMAND...}"]
+
+
+@main.command(cls=_BeforeCommand)
+@click.argument("pids", metavar="PID...", nargs=-1, type=click.IntRange(1, (1 << 31) - 1))
 @click.option("--children", is_flag=True, help="Descendants of each PID as well; those of a COMMAND always are.")
 @click.option("--after", type=click.FloatRange(0), help="Look at the COMMAND after so many seconds.")
 @click.option(
@@ -128,8 +141,10 @@ def top(interval: float, once: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture: a pixel for each page.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report there.")
+@click.pass_obj
 def survey(  # noqa: PLR0917 (an argument for each option)
-    targets: tuple[str, ...],
+    words: list[str] | None,
+    pids: tuple[int, ...],
     children: bool,
     after: float | None,
     sample: float,
@@ -149,16 +164,15 @@ def survey(  # noqa: PLR0917 (an argument for each option)
     from ksmrs import _survey_main  # noqa: PLC0415 (rich, for this command only)
 
     wishes = _survey_main.Wishes(sample, cpu, memory << 20, settle, min_bytes, as_json, png, output)
-    if all(target.isdecimal() for target in targets):
-        if after is not None:
-            raise click.UsageError("--after is for a command: ksmrs survey --after 5 -- python app.py")
-        _survey_main.processes([int(target) for target in targets], children, wishes)
-        return
-    if children:
-        raise click.UsageError(
-            "--children is for processes that run; the descendants of a command are looked at anyway"
-        )
-    sys.exit(_survey_main.command(targets, after, wishes))
+    if bool(words) == bool(pids):
+        raise click.UsageError("name processes by their numbers, or a command after --: ksmrs survey -- python app.py")
+    if words:
+        if children:
+            raise click.UsageError("--children is for processes that run; those of a command are looked at anyway")
+        sys.exit(_survey_main.command(words, after, wishes))
+    if after is not None:
+        raise click.UsageError("--after is for a command: ksmrs survey --after 5 -- python app.py")
+    _survey_main.processes(list(pids), children, wishes)
 
 
 @main.command("set")

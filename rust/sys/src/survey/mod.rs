@@ -18,8 +18,10 @@ use crate::error::SysError;
 use crate::object::PAGE_SIZE;
 pub use process::Kind;
 use process::{Ended, Entry, NOTHING, Place, Process};
+use rustix::io::Errno;
 pub use shifted::Shift;
 use shifted::{Anchor, Stretch};
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 use tally::{DUPLICATE, KERNEL, KSMRS, SHOWN, Seen, VOLATILE, ZEROS};
 pub use tally::{Knobs, MOST_PROCESSES, Outcome, Share, Tally};
@@ -140,28 +142,20 @@ impl Survey {
     /// Takes a process in, before the first step.
     ///
     /// # Errors
-    /// ESRCH or ENOENT for a process that is none, EACCES or EPERM for one that may not be looked at.
+    /// ESRCH or ENOENT for a process that is none, EACCES or EPERM for one that may not be looked at; EEXIST for one whose memory is
+    /// taken in already (a thread, a child of vfork).
     pub fn add(&mut self, pid: u32) -> Result<(), SysError> {
         let process = Process::open(pid)?;
-        let mut found = Found {
+        if self.processes.iter().any(|other| other.has_memory_of(&process)) {
+            return Err(SysError::call("kcmp", "/proc/PID")(Errno::EXIST));
+        }
+        self.found.push(Found {
             pid,
             zeros: [0; 3],
             ended: false,
             kinds: [Figures::default(); Kind::ALL.len()],
-        };
-        for place in &process.places {
-            let figures = &mut found.kinds[place.kind as usize];
-            figures.mappings += 1;
-            figures.pages += place.pages.end - place.pages.start;
-            figures.swapped += place.swapped;
-            if place.is_read(self.least_pages) {
-                self.to_read += place.resident;
-            } else {
-                figures.present += place.resident;
-            }
-        }
+        });
         self.processes.push(process);
-        self.found.push(found);
         Ok(())
     }
 
@@ -191,14 +185,44 @@ impl Survey {
         self.pages.len()
     }
 
+    /// Once all processes are known: what there is, and room for what will be kept.
+    fn begin(&mut self) {
+        // ksmrs merges an object's memory while one process has it.
+        let mut owners = HashMap::new();
+        for (index, process) in self.processes.iter().enumerate() {
+            for object in process.places.iter().filter_map(|place| place.object) {
+                let owner = owners.entry(object).or_insert(Some(index));
+                *owner = owner.filter(|owner| *owner == index);
+            }
+        }
+        for (process, found) in self.processes.iter_mut().zip(&mut self.found) {
+            for place in &mut process.places {
+                if place.object.is_some_and(|object| owners[&object].is_none()) {
+                    place.kind = Kind::File;
+                }
+                let figures = &mut found.kinds[place.kind as usize];
+                figures.mappings += 1;
+                figures.pages += place.pages.end - place.pages.start;
+                figures.swapped += place.swapped;
+                if place.is_read(self.least_pages) {
+                    self.to_read += place.resident;
+                } else {
+                    figures.present += place.resident;
+                }
+            }
+        }
+        // Addresses only, which get memory as they are written: no list is ever copied to a larger one.
+        let expected = usize::try_from(self.to_read).unwrap_or(usize::MAX);
+        let expected = self.most_pages.min(expected.saturating_add(expected / 8 + AT_ONCE));
+        self.pages.reserve_exact(expected);
+        self.anchors.reserve_exact(expected / PAGES_PER_ANCHOR + AT_ONCE);
+    }
+
     /// Works for about this long, or until a stage is over.
     pub fn step(&mut self, time: Duration) {
         let (begun, stage) = (Instant::now(), self.stage);
         if self.pages.capacity() == 0 {
-            // Addresses only, which get memory as they are written: no list is ever copied to a larger one.
-            let expected = usize::try_from(self.to_read).unwrap_or(usize::MAX);
-            self.pages
-                .reserve_exact(self.most_pages.min(expected.saturating_add(expected / 8 + AT_ONCE)));
+            self.begin();
         }
         while self.stage == stage && self.stage != Stage::Done && begun.elapsed() < time {
             match self.stage {
@@ -237,6 +261,12 @@ impl Survey {
         self.at = (process, index, first + count as u64);
         if self.look_at(process, index, first, &mut entries[..count]).is_err() {
             self.end_process(process);
+            return;
+        }
+        // A sanitizer's shadow has terabytes of addresses, and its pagemap takes a minute to be read.
+        if !entries[..count].iter().any(|entry| entry.is_present()) {
+            let place = &self.processes[process].places[index];
+            self.at.2 = self.processes[process].first_present(self.at.2..place.pages.end);
         }
     }
 
@@ -317,8 +347,7 @@ impl Survey {
         let rest = &self.pages[self.again..];
         let Some(skipped) = rest.iter().position(|seen| seen.has(DUPLICATE)) else {
             self.again = self.pages.len();
-            self.stretches = shifted::stretches(&mut self.anchors).into_iter();
-            self.anchors = Vec::new();
+            self.stretches = shifted::stretches(core::mem::take(&mut self.anchors)).into_iter();
             self.stage = Stage::Compare;
             return;
         };

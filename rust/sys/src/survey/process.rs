@@ -10,6 +10,7 @@ use crate::error::SysError;
 use crate::foreign;
 use crate::maps::{self, Mapped};
 use crate::object::PAGE_SIZE;
+use crate::pagemap;
 use core::ops::Range;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -79,6 +80,8 @@ pub(super) struct Place {
     pub(super) kernel: bool,
     pub(super) resident: u64,
     pub(super) swapped: u64,
+    /// The object of shared memory, by device and inode.
+    pub(super) object: Option<((u32, u32), u64)>,
 }
 
 impl Place {
@@ -137,6 +140,7 @@ fn place(mapped: &Mapped, is_client: bool) -> Place {
         kernel: !mapped.shared && !NOT_THE_KERNELS.into_iter().any(|flag| mapped.has(flag)),
         resident: mapped.resident / PAGE_SIZE as u64,
         swapped: mapped.swapped / PAGE_SIZE as u64,
+        object: (kind == Kind::Shared).then_some((mapped.device, mapped.inode)),
     }
 }
 
@@ -171,6 +175,7 @@ pub(super) struct Ended;
 /// A process that is looked at.
 #[derive(Debug)]
 pub(super) struct Process {
+    pid: i32,
     memory: OwnedFd,
     pagemap: OwnedFd,
     pub(super) places: Vec<Place>,
@@ -197,6 +202,7 @@ impl Process {
             .iter()
             .any(|mapped| mapped.path.starts_with("/memfd:ksmrs-table"));
         Ok(Process {
+            pid: pid.cast_signed(),
             memory,
             pagemap,
             places: mapped.iter().map(|mapped| place(mapped, is_client)).collect(),
@@ -220,6 +226,31 @@ impl Process {
             }
         }
         Ok(())
+    }
+
+    /// The first of some pages that is in RAM, or the end of them; their first one where the kernel cannot tell.
+    pub(super) fn first_present(&self, pages: Range<u64>) -> u64 {
+        let (first, end) = (pages.start, pages.end);
+        pagemap::first_present(&self.pagemap, pages).map_or(first, |found| found.unwrap_or(end))
+    }
+
+    /// Whether two processes have one and the same memory, as threads have, and a child of vfork.
+    pub(super) fn has_memory_of(&self, other: &Process) -> bool {
+        const VM: libc::c_long = 1;
+        let (ours, theirs) = (libc::c_long::from(self.pid), libc::c_long::from(other.pid));
+        // SAFETY: numbers only; two processes are compared, and nothing is changed.
+        self.layout() == other.layout()
+            && unsafe { libc::syscall(libc::SYS_kcmp, ours, theirs, VM, 0_usize, 0_usize) } == 0
+    }
+
+    /// Equal where the memory is the same.
+    fn layout(&self) -> (usize, Option<u64>, Option<u64>) {
+        let ends = (self.places.first(), self.places.last());
+        (
+            self.places.len(),
+            ends.0.map(|place| place.pages.start),
+            ends.1.map(|place| place.pages.start),
+        )
     }
 
     /// Reads bytes at an address; how many could be: fewer where a mapping ended meanwhile.

@@ -104,42 +104,60 @@ fn repeat_themselves(alike: &[Anchor]) -> bool {
     alike.windows(2).any(closer)
 }
 
-/// Finds the stretches that windows vote for.
-pub(super) fn stretches(anchors: &mut [Anchor]) -> Vec<Stretch> {
-    anchors.sort_unstable_by_key(|anchor| (anchor.checksum48(), anchor.order()));
-    let mut votes: Vec<Stretch> = Vec::new();
-    for alike in anchors.chunk_by(|one, other| one.checksum48() == other.checksum48()) {
-        if alike.len() > MOST_ALIKE || repeat_themselves(alike) {
-            continue;
-        }
-        let first = alike[0];
-        // The first of each further phase: aligned, all of that phase would save one frame more.
-        for (index, anchor) in alike.iter().enumerate().skip(1) {
-            if alike[..index].iter().all(|before| before.phase() != anchor.phase()) {
-                votes.push(Stretch {
-                    process: anchor.process(),
-                    other: first.process(),
-                    distance: first.address.wrapping_sub(anchor.address),
-                    first: anchor.address,
-                    last: anchor.address,
-                });
-            }
-        }
+/// A window that is at another place, at another offset within a page, too: 24 bytes.
+#[derive(Clone, Copy, Debug)]
+struct Vote {
+    address: u64,
+    distance: u64,
+    processes: (u16, u16),
+}
+
+impl Vote {
+    fn order(&self) -> ((u16, u16), u64, u64) {
+        (self.processes, self.distance, self.address)
     }
-    votes.sort_unstable_by_key(|vote| (vote.process, vote.other, vote.distance, vote.first));
-    let mut joined = votes
-        .chunk_by(|one, next| {
-            (one.process, one.other, one.distance) == (next.process, next.other, next.distance)
-                && next.first - one.last < APART
-        })
-        .filter(|votes| votes.len() > 1)
-        .map(|votes| Stretch {
-            last: votes[votes.len() - 1].last,
-            ..votes[0]
-        })
-        .collect::<Vec<_>>();
+
+    fn goes_on(&self, next: &Vote) -> bool {
+        (self.processes, self.distance) == (next.processes, next.distance) && next.address - self.address < APART
+    }
+}
+
+/// Finds the stretches that windows vote for. Votes take no more room than windows may, and stretches no more than both.
+pub(super) fn stretches(mut anchors: Vec<Anchor>) -> Vec<Stretch> {
+    anchors.sort_unstable_by_key(|anchor| (anchor.checksum48(), anchor.order()));
+    let count = votes(&anchors).count();
+    let mut voted = Vec::with_capacity(count);
+    voted.extend(votes(&anchors));
+    drop(anchors);
+    voted.sort_unstable_by_key(Vote::order);
+    let several = || voted.chunk_by(Vote::goes_on).filter(|votes| votes.len() > 1);
+    let mut joined = Vec::with_capacity(several().count());
+    joined.extend(several().map(|votes| Stretch {
+        process: votes[0].processes.0.into(),
+        other: votes[0].processes.1.into(),
+        distance: votes[0].distance,
+        first: votes[0].address,
+        last: votes[votes.len() - 1].address,
+    }));
     joined.sort_unstable_by_key(|stretch| core::cmp::Reverse(stretch.last - stretch.first));
     joined
+}
+
+/// The first window of each further phase votes for the distance to the very first: aligned, all of that phase would save one frame more.
+fn votes(anchors: &[Anchor]) -> impl Iterator<Item = Vote> {
+    let groups = anchors.chunk_by(|one, other| one.checksum48() == other.checksum48());
+    let groups = groups.filter(|alike| alike.len() <= MOST_ALIKE && !repeat_themselves(alike));
+    groups.flat_map(|alike| {
+        let further = alike.iter().enumerate().skip(1).filter(|(index, anchor)| {
+            let before = &alike[..*index];
+            before.iter().all(|before| before.phase() != anchor.phase())
+        });
+        further.map(|(_, anchor)| Vote {
+            address: anchor.address,
+            distance: alike[0].address.wrapping_sub(anchor.address),
+            processes: (anchor.process() as u16, alike[0].process() as u16),
+        })
+    })
 }
 
 /// Compares a stretch and marks the pages that are equal, among pages in the order of their places; `None` if there are none.
@@ -219,15 +237,14 @@ mod tests {
         let here = both.len();
         assert!((4..64).contains(&here), "{here} windows");
         anchors(&moved, 1, 1 << 30, &sums, |anchor| both.push(anchor));
-        let found = stretches(&mut both);
+        let found = stretches(core::mem::take(&mut both));
         assert_eq!(found.len(), 1, "{found:?}");
         assert_eq!((found[0].process, found[0].other), (1, 0));
         assert_eq!(found[0].distance, (1_u64 << 20).wrapping_sub((1 << 30) + 16));
         // In phase there is nothing to be found.
-        both.clear();
         anchors(&data, 0, 1 << 20, &sums, |anchor| both.push(anchor));
         anchors(&data, 1, 1 << 30, &sums, |anchor| both.push(anchor));
-        assert!(stretches(&mut both).is_empty());
+        assert!(stretches(both).is_empty());
     }
 
     #[test]
@@ -242,9 +259,6 @@ mod tests {
         let mut found = Vec::new();
         let data: Vec<u8> = noise(48_000).into_iter().cycle().take(96 * PAGE_SIZE).collect();
         anchors(&data, 0, 0, &sums, |anchor| found.push(anchor));
-        assert!(
-            !found.is_empty() && stretches(&mut found).is_empty(),
-            "it repeats itself"
-        );
+        assert!(!found.is_empty() && stretches(found).is_empty(), "it repeats itself");
     }
 }
