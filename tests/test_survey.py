@@ -275,6 +275,15 @@ def test_data_at_another_offset_is_found_and_counted_page_by_page(offset: int) -
     assert aligned.pages_out_of_phase == 0 and aligned.shifts == ()
 
 
+def test_only_pages_that_are_equal_are_out_of_phase() -> None:
+    changes = "\nfor page in (40, 41, 42, 43, 100, 101, 102, 103): room.memory[page * PAGE + 900] ^= 1"
+    with holding(
+        OUT_OF_PHASE.format(offset=0, pages=256), OUT_OF_PHASE.format(offset=16, pages=256) + changes
+    ) as children:
+        found = look(*children)
+    assert found.pages_out_of_phase == 255 - 8
+
+
 def test_data_in_phase_or_that_repeats_itself_is_not_out_of_phase() -> None:
     in_phase = OUT_OF_PHASE.format(offset=PAGE, pages=256)
     repeats = "room = Room(); room.put((noise(9, 3)[:9000]) * 200)"
@@ -438,10 +447,11 @@ def test_scattered_pages_beyond_the_budget_of_mappings_do_not_count(monkeypatch:
         monkeypatch.setattr(_survey, "_number", lambda path: 3 * 200 if path.name == "max_map_count" else number(path))
         found = look(*children)
     assert all_of_it.ksmrs.pages_sharing == 600
+    # A hundred runs each, the first ones in both; so these are whole pairs.
     for process in found.processes:
         assert process.pages_unmerged_by_budget == 600 - 200 // 2
-    # Both ends of each pair are short of mappings, and it is not known which pairs are left: what is said is the least.
-    assert found.ksmrs.pages_sharing == 0
+        assert process.ksm_merging_pages == 100
+    assert found.ksmrs.pages_sharing == found.ksmrs.pages_shared == 100
     assert any("vm.max_map_count" in limit for limit in found.limits)
 
 

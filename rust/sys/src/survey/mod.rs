@@ -407,7 +407,7 @@ impl Survey {
     pub fn tally(&mut self, ksmrs: Knobs, kernel: Knobs, mappings: u64) -> Tally {
         let mut tally = tally::tally(&mut self.pages, self.processes.len(), ksmrs, kernel);
         if self.kept == ALL {
-            tally::spend(&self.pages, mappings, &mut tally);
+            tally::spend(&mut self.pages, mappings, &mut tally);
         }
         for seen in &self.pages {
             if seen.has(tally::SHIFTED) {

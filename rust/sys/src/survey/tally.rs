@@ -17,6 +17,8 @@ pub(super) struct Seen {
 pub(super) const ZEROS: u64 = 0;
 /// The key of a page of zeros that would have no memory.
 const NO_FRAME: u64 = u64::MAX;
+/// In the key of a page that merges: its frame is there already.
+const FRAME_IS_THERE: u64 = 1 << 63;
 /// Processes that one survey can hold.
 pub const MOST_PROCESSES: usize = 1 << 12;
 const FLAG_BITS: u32 = 8;
@@ -224,6 +226,7 @@ fn count_group(group: &mut [Seen], found: &mut Tally, ksmrs: Knobs, kernel: Knob
     if processes > 1 {
         found.duplicates_between += processes - 1;
     }
+    let room = shown.next_multiple_of(ksmrs.max_page_sharing) - shown;
     let (mut last, mut taken, mut frame) = (None, 0, founder.unwrap_or_default());
     for seen in group {
         let is_own = still(seen) && !seen.has(SHOWN);
@@ -237,46 +240,104 @@ fn count_group(group: &mut [Seen], found: &mut Tally, ksmrs: Knobs, kernel: Knob
             merging -= 1;
             share.ksm_merging_pages += 1;
             seen.set(MERGES, true);
-            if taken % ksmrs.max_page_sharing == 0 && (founder.is_none() || taken > 0) {
+            // The first ones go into frames that are there; of the rest each so many have a frame of their own.
+            if taken >= room && (taken - room) % ksmrs.max_page_sharing == 0 {
                 frame = seen.where_it_is();
             }
             taken += 1;
-            seen.key = if no_frame { NO_FRAME } else { frame };
+            let there = if founder.is_some() && taken <= room {
+                FRAME_IS_THERE
+            } else {
+                0
+            };
+            seen.key = if no_frame { NO_FRAME } else { frame | there };
         }
     }
 }
 
-/// Counts what a budget of mappings for each process leaves unmerged, longest runs first, and takes it out of what ksmrs saves. For
-/// pages in the order of their places; a mapping's own ends, which cost nothing, count here as well.
-pub(super) fn spend(pages: &[Seen], budget: u64, found: &mut Tally) {
-    let goes_on = |one: &Seen, other: &Seen| {
-        let next_frame = one.key == NO_FRAME && other.key == NO_FRAME || one.key.wrapping_add(1) == other.key;
-        one.has(MERGES) && other.has(MERGES) && one.where_it_is() + 1 == other.where_it_is() && next_frame
+/// Takes out of what ksmrs saves what a budget of mappings for each process leaves unmerged: the shortest runs, of equal ones the last.
+/// For pages in the order of their places, and leaves them so. A mapping's own ends, which cost nothing, count here as well.
+pub(super) fn spend(pages: &mut [Seen], budget: u64, found: &mut Tally) {
+    let mut over = 0;
+    for process in pages.chunk_by_mut(|one, other| one.process() == other.process()) {
+        let share = &mut found.shares[process[0].process()];
+        share.pages_unmerged_by_budget = drop_runs(process, budget);
+        over += share.pages_unmerged_by_budget;
+    }
+    if over > 0 {
+        count_again(pages, found);
+    }
+}
+
+fn goes_on(one: &Seen, other: &Seen) -> bool {
+    let next_frame = one.key == NO_FRAME && other.key == NO_FRAME || one.key.wrapping_add(1) == other.key;
+    one.has(MERGES) && other.has(MERGES) && one.where_it_is() + 1 == other.where_it_is() && next_frame
+}
+
+/// Lets the pages of one process be that are too scattered for its budget; how many.
+fn drop_runs(pages: &mut [Seen], budget: u64) -> u64 {
+    let (mut boundaries, mut end) = (0_u64, None);
+    let mut lengths: Vec<u32> = Vec::new();
+    for run in pages.chunk_by(goes_on).filter(|run| run[0].has(MERGES)) {
+        // A run that follows another begins where that one ends.
+        boundaries += 1 + u64::from(end != Some(run[0].where_it_is()));
+        end = Some(run[0].where_it_is() + run.len() as u64);
+        lengths.push(run.len() as u32);
+    }
+    if boundaries <= budget {
+        return 0;
+    }
+    lengths.sort_unstable_by_key(|length| core::cmp::Reverse(*length));
+    // Two mappings for each; there are more runs than half of the budget, for each has two boundaries at most.
+    let affordable = (budget / 2) as usize;
+    let Some(shortest) = lengths.get(affordable).copied() else {
+        return 0;
     };
-    for process in pages.chunk_by(|one, other| one.process() == other.process()) {
-        let runs = || process.chunk_by(goes_on).filter(|run| run[0].has(MERGES));
-        let mut boundaries = 0_u64;
-        let mut end = None;
-        for run in runs() {
-            // A run that follows another begins where that one ends.
-            boundaries += 1 + u64::from(end != Some(run[0].where_it_is()));
-            end = Some(run[0].where_it_is() + run.len() as u64);
-        }
-        if boundaries <= budget {
+    let mut as_short = lengths[..affordable]
+        .iter()
+        .filter(|length| **length == shortest)
+        .count();
+    let mut over = 0;
+    for run in pages.chunk_by_mut(goes_on).filter(|run| run[0].has(MERGES)) {
+        let length = run.len() as u32;
+        if length > shortest {
             continue;
         }
-        let mut lengths: Vec<u32> = runs().map(|run| run.len() as u32).collect();
-        lengths.sort_unstable_by_key(|length| core::cmp::Reverse(*length));
-        let affordable = (budget / 2) as usize;
-        let over: u64 = lengths.iter().skip(affordable).map(|length| u64::from(*length)).sum();
-        let share = &mut found.shares[process[0].process()];
-        share.pages_unmerged_by_budget = over;
-        share.ksm_merging_pages -= over;
-        let sharing = &mut found.ksmrs.pages_sharing;
-        let beyond = over.saturating_sub(*sharing);
-        *sharing = sharing.saturating_sub(over);
-        found.ksmrs.ksm_zero_pages = found.ksmrs.ksm_zero_pages.saturating_sub(beyond);
+        if length == shortest && as_short > 0 {
+            as_short -= 1;
+            continue;
+        }
+        over += run.len() as u64;
+        run.iter_mut().for_each(|seen| seen.set(MERGES, false));
     }
+    over
+}
+
+/// Counts what is saved by the pages that still merge; of two equal ones whose other was let be none does.
+fn count_again(pages: &mut [Seen], found: &mut Tally) {
+    pages.sort_unstable_by_key(by_content);
+    let outcome = &mut found.ksmrs;
+    (outcome.pages_shared, outcome.pages_sharing, outcome.ksm_zero_pages) = (0, 0, 0);
+    found.shares.iter_mut().for_each(|share| share.ksm_merging_pages = 0);
+    for group in pages.chunk_by_mut(|one, other| one.key == other.key) {
+        let key = group[0].key;
+        let merging = group.iter().filter(|seen| seen.has(MERGES)).count() as u64;
+        let there = key & FRAME_IS_THERE != 0;
+        if merging == 1 && !there {
+            group.iter_mut().for_each(|seen| seen.set(MERGES, false));
+        } else if key == NO_FRAME {
+            outcome.ksm_zero_pages += merging;
+        } else if there {
+            outcome.pages_sharing += merging;
+        } else if merging > 0 {
+            outcome.pages_shared += 1;
+            outcome.pages_sharing += merging - 1;
+        }
+        for seen in group.iter().filter(|seen| seen.has(MERGES)) {
+            found.shares[seen.process()].ksm_merging_pages += 1;
+        }
+    }
+    pages.sort_unstable_by_key(|seen| seen.place);
 }
 
 #[cfg(test)]
@@ -371,15 +432,39 @@ mod tests {
         let mut pages: Vec<Seen> = (0..40).map(|page| seen(100 + page, 0, page, KSMRS)).collect();
         pages.extend((0..8).map(|page| seen(100 + page, 1, page, KSMRS)));
         pages.extend((0..4).map(|page| seen(110 + 2 * page, 1, 10 + 2 * page, KSMRS)));
-        let (mut found, pages) = count(pages, 2, PLAIN);
+        let (mut found, mut pages) = count(pages, 2, PLAIN);
         assert_eq!(found.ksmrs.pages_sharing, 12);
-        let before = found.shares.clone();
-        spend(&pages, 10, &mut found);
-        assert_eq!(found.shares, before, "2 for each run is 10 at most, in both");
-        spend(&pages, 6, &mut found);
+        let before = (found.shares.clone(), found.ksmrs);
+        spend(&mut pages, 10, &mut found);
+        assert_eq!(
+            (&found.shares, found.ksmrs),
+            (&before.0, before.1),
+            "2 for each run is 10 at most"
+        );
+        spend(&mut pages, 6, &mut found);
         let over = |process: usize| found.shares[process].pages_unmerged_by_budget;
+        // The long run and the first two alone, in both: what is left has its other.
         assert_eq!((over(0), over(1)), (2, 2));
-        assert_eq!(found.ksmrs.pages_sharing, 8);
-        assert_eq!(found.shares[1].ksm_merging_pages, 10);
+        assert_eq!((found.ksmrs.pages_sharing, found.ksmrs.pages_shared), (10, 10));
+        assert_eq!(
+            (found.shares[0].ksm_merging_pages, found.shares[1].ksm_merging_pages),
+            (10, 10)
+        );
+    }
+
+    #[test]
+    fn who_is_left_over_merges_no_more() {
+        // Process 1 has pairs of its own beside those of process 0, in another order, and no room for all.
+        let mut pages: Vec<Seen> = (0..4).map(|page| seen(100 + page, 0, 2 * page, KSMRS)).collect();
+        pages.extend((0..4).map(|page| seen(103 - page, 1, 2 * page, KSMRS)));
+        pages.extend([seen(ZEROS, 1, 20, KSMRS), seen(7, 1, 30, SHOWN), seen(7, 1, 32, KSMRS)]);
+        let (mut found, mut pages) = count(pages, 2, PLAIN);
+        assert_eq!((found.ksmrs.pages_sharing, found.ksmrs.ksm_zero_pages), (4 + 1, 1));
+        spend(&mut pages, 8, &mut found);
+        // Process 1 has six runs and room for four: its zeros and the page with a frame that is there are last.
+        assert_eq!((found.ksmrs.pages_sharing, found.ksmrs.ksm_zero_pages), (4, 0));
+        spend(&mut pages, 4, &mut found);
+        // 0 keeps its first two, 1 the others.
+        assert_eq!((found.ksmrs.pages_sharing, found.shares[0].ksm_merging_pages), (0, 0));
     }
 }
