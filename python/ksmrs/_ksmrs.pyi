@@ -11,6 +11,7 @@ __all__ = [
     "Adopted",
     "Pin",
     "Region",
+    "Survey",
     "adopt",
     "advise",
     "born",
@@ -89,6 +90,22 @@ class Adopted:
 class Pin:
     def release(self) -> None:
         """Let the pages go; once more does nothing."""
+
+@final
+class Survey:
+    BYTES_PER_PAGE: int
+    MOST_PROCESSES: int
+    def __new__(cls, memory: int, fraction: float, least_pages: int) -> Self: ...
+    def add(self, pid: int) -> None:
+        """Take a process in, before the first step; OSError where it may not be looked at."""
+    def step(self, seconds: float) -> tuple[str, int, int]:
+        """Work for about so long without the interpreter's lock: the stage, pages of it done and in all; the last is "done"."""
+    def kept(self) -> tuple[float, float, int]:
+        """Return the fractions of contents and of windows that were kept, and how many pages that is."""
+    def tally(self, ksmrs: tuple[int, bool], kernel: tuple[int, bool], mappings: int) -> dict[str, Any]:
+        """Count for each engine's max_page_sharing and use_zero_pages, and a process's budget of mappings."""
+    def classes(self, process: int) -> bytes:
+        """Return the class of each page of a process that was kept, by address."""
 
 def extent(buffer: Any) -> tuple[int, int]: ...
 def adopt(address: int, nbytes: int, exclusive: bool) -> Adopted: ...

@@ -10,6 +10,7 @@ mod engine;
 mod error;
 mod live;
 mod region;
+mod survey;
 
 /// The extension module.
 #[pyo3::pymodule]
@@ -52,6 +53,8 @@ mod _ksmrs {
     };
     #[pymodule_export]
     use super::region::{Pin, Region, advise, pin};
+    #[pymodule_export]
+    use super::survey::Survey;
 
     /// Bytes of a page.
     #[pymodule_export]
