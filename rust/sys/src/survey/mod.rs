@@ -1,7 +1,9 @@
 //! What merging would save in processes as they are, found by reading their memory once, and what looks equal once more.
 //!
+//! ```text
 //!     processes --pagemap--> pages with a frame of their own --/proc/PID/mem--> checksum ----> 16 bytes a page --sort--> groups
 //!                                                                `-> windows (shifted.rs) --> 12 bytes a page --> votes -> compared
+//! ```
 //!
 //! A survey is done in steps that its caller times, so that it can rest in between, show how far it is, and end it. It relies on
 //! nobody's cooperation and changes nothing in the processes (`process.rs` says how). Memory is bounded: when the list of
