@@ -58,6 +58,10 @@ impl Rest {
             length,
         }
     }
+
+    fn lasts(self, now: Duration) -> bool {
+        now < self.until
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -82,7 +86,7 @@ impl Region {
     /// Whether nothing of it is proposed now, unless a merge is requested.
     pub(crate) fn rests(&self, now: Duration) -> bool {
         let mut rests = self.accompanied.iter().chain(&self.restless);
-        rests.any(|rest| now < rest.until)
+        rests.any(|rest| rest.lasts(now))
     }
 
     /// Its client was asked to map pages of it, and was alone with its memory or was not; how many of them merged.
@@ -90,7 +94,7 @@ impl Region {
         self.merges = self.merges.saturating_add(merged);
         if alone {
             self.accompanied = None;
-        } else if self.accompanied.is_none_or(|rest| rest.until <= now) {
+        } else if !self.accompanied.is_some_and(|rest| rest.lasts(now)) {
             // Not for each run that was under way: one answer says it for all of them.
             self.accompanied = Some(Rest::after(self.accompanied, now));
         }
@@ -98,8 +102,12 @@ impl Region {
 
     /// One of its merged pages was written. Whether it rests from now on, for a merge that is undone at once costs two copies.
     pub(crate) fn broke(&mut self, now: Duration) -> bool {
+        if self.restless.is_some_and(|rest| rest.lasts(now)) {
+            // What merged before it rests is written too, and says nothing new.
+            return false;
+        }
         self.breaks = self.breaks.saturating_add(1);
-        if self.breaks < MANY_BREAKS || self.restless.is_some_and(|rest| now < rest.until) {
+        if self.breaks < MANY_BREAKS {
             return false;
         }
         let pays = self.merges / 2 > self.breaks;
@@ -334,14 +342,13 @@ mod tests {
             region.answered(now, true, MANY_BREAKS);
             let begun = (0..MANY_BREAKS).filter(|_| region.broke(now)).count();
             assert_eq!((begun, region.rests(now)), (1, true));
-            // What was under way is written too, and says nothing new.
             assert!((0..2 * MANY_BREAKS).all(|_| !region.broke(now)));
-            (region.merges, region.breaks) = (0, 0);
             let since = now;
             while region.rests(now) {
                 now += Duration::from_millis(50);
             }
             rests.push((now - since).as_millis());
+            assert!(!region.broke(now), "it is asked after as many breaks as ever");
         }
         assert_eq!(rests, [250, 500, 1000, 2000, 4000, 8000, 16_000, 16_000]);
         region.answered(now, true, 3 * MANY_BREAKS);
