@@ -83,6 +83,16 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
         }
     }
 
+    /// Core's next decision, if it does not ask for time first, which passes.
+    fn next(&mut self, core: &mut Core) -> Option<Decision> {
+        match core.next(self.now) {
+            Next::Do(decision) => return Some(decision),
+            Next::WaitUntil(then) => self.now = then.max(self.now),
+            Next::Idle => panic!("core finds nothing to do: {:?}", core.stats()),
+        }
+        None
+    }
+
     /// Carries out what core decides, up to a decision that is wanted, which comes back undone.
     ///
     /// # Panics
@@ -90,11 +100,10 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
     pub fn until(&mut self, core: &mut Core, mut wanted: impl FnMut(&Core, &Decision) -> bool) -> Decision {
         loop {
             assert!(core.full_scans() < 100, "it does not come: {:?}", core.stats());
-            match core.next(self.now) {
-                Next::Do(decision) if wanted(core, &decision) => return decision,
-                Next::Do(decision) => self.carry_out(core, decision),
-                Next::WaitUntil(then) => self.now = then.max(self.now),
-                Next::Idle => panic!("core finds nothing to do: {:?}", core.stats()),
+            match self.next(core) {
+                Some(decision) if wanted(core, &decision) => return decision,
+                Some(decision) => self.carry_out(core, decision),
+                None => {}
             }
         }
     }
@@ -102,10 +111,8 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
     /// Goes on until so many passes are over.
     pub fn pass(&mut self, core: &mut Core, passes: u64) {
         while core.full_scans() < passes {
-            match core.next(self.now) {
-                Next::Do(decision) => self.carry_out(core, decision),
-                Next::WaitUntil(then) => self.now = then.max(self.now),
-                Next::Idle => panic!("core finds nothing to do: {:?}", core.stats()),
+            if let Some(decision) = self.next(core) {
+                self.carry_out(core, decision);
             }
         }
     }
