@@ -10,6 +10,15 @@ use pyo3::exceptions::{PyOSError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
+/// A dictionary of values under their names.
+macro_rules! dictionary {
+    ($py:expr; $($name:ident = $value:expr),+ $(,)?) => {{
+        let dictionary = PyDict::new($py);
+        $(dictionary.set_item(stringify!($name), $value)?;)+
+        dictionary
+    }};
+}
+
 /// A survey on its way.
 #[pyclass(module = "ksmrs._ksmrs")]
 pub struct Survey {
@@ -81,27 +90,22 @@ impl Survey {
             use_zero_pages,
         };
         let tally = py.detach(|| self.survey.tally(knobs(ksmrs), knobs(kernel), mappings));
-        let dictionary = PyDict::new(py);
-        dictionary.set_item("ksmrs", outcome(py, &tally.ksmrs)?)?;
-        dictionary.set_item("kernel", outcome(py, &tally.kernel)?)?;
-        dictionary.set_item("duplicates_between", tally.duplicates_between)?;
         let mut processes = Vec::new();
         for (found, share) in self.survey.found().iter().zip(&tally.shares) {
-            let process = PyDict::new(py);
-            process.set_item("pid", found.pid)?;
-            process.set_item("ended", found.ended)?;
-            process.set_item("zeros", found.zeros)?;
-            process.set_item("share", share_of(py, share)?)?;
             let kinds = PyDict::new(py);
             for (kind, figures) in Kind::ALL.into_iter().zip(&found.kinds) {
                 if figures.mappings > 0 {
                     kinds.set_item(kind.name(), figures_of(py, figures)?)?;
                 }
             }
-            process.set_item("kinds", kinds)?;
-            processes.push(process);
+            processes.push(dictionary!(py;
+                pid = found.pid,
+                ended = found.ended,
+                zeros = found.zeros,
+                share = share_of(py, share)?,
+                kinds = kinds,
+            ));
         }
-        dictionary.set_item("processes", processes)?;
         let shifts = &self.survey.shifts;
         let shifts = shifts.iter().map(|shift| {
             let pid = |process: usize| self.survey.found()[process].pid;
@@ -113,8 +117,13 @@ impl Survey {
                 shift.other_address,
             )
         });
-        dictionary.set_item("shifts", shifts.collect::<Vec<_>>())?;
-        Ok(dictionary)
+        Ok(dictionary!(py;
+            ksmrs = outcome(py, &tally.ksmrs)?,
+            kernel = outcome(py, &tally.kernel)?,
+            duplicates_between = tally.duplicates_between,
+            processes = processes,
+            shifts = shifts.collect::<Vec<_>>(),
+        ))
     }
 
     /// A byte for each page of a process that was kept, by its place among those added: its class, in the order of addresses.
@@ -129,38 +138,38 @@ fn os_error(errno: Option<i32>, refused: &dyn std::fmt::Display) -> PyErr {
 }
 
 fn outcome<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyDict>> {
-    let dictionary = PyDict::new(py);
-    dictionary.set_item("pages", outcome.pages)?;
-    dictionary.set_item("pages_shared", outcome.pages_shared)?;
-    dictionary.set_item("pages_sharing", outcome.pages_sharing)?;
-    dictionary.set_item("ksm_zero_pages", outcome.ksm_zero_pages)?;
-    dictionary.set_item("pages_volatile", outcome.pages_volatile)?;
-    dictionary.set_item("squares", outcome.squares)?;
-    Ok(dictionary)
+    Ok(dictionary!(py;
+        pages = outcome.pages,
+        pages_shared = outcome.pages_shared,
+        pages_sharing = outcome.pages_sharing,
+        ksm_zero_pages = outcome.ksm_zero_pages,
+        pages_volatile = outcome.pages_volatile,
+        squares = outcome.squares,
+    ))
 }
 
 fn share_of<'py>(py: Python<'py>, share: &Share) -> PyResult<Bound<'py, PyDict>> {
-    let dictionary = PyDict::new(py);
-    dictionary.set_item("pages_zero", share.pages_zero)?;
-    dictionary.set_item("duplicates_within", share.duplicates_within)?;
-    dictionary.set_item("duplicates_between", share.duplicates_between)?;
-    dictionary.set_item("pages_volatile", share.pages_volatile)?;
-    dictionary.set_item("ksm_merging_pages", share.ksm_merging_pages)?;
-    dictionary.set_item("pages_unmerged_by_budget", share.pages_unmerged_by_budget)?;
-    dictionary.set_item("pages_out_of_phase", share.pages_out_of_phase)?;
-    Ok(dictionary)
+    Ok(dictionary!(py;
+        pages_zero = share.pages_zero,
+        duplicates_within = share.duplicates_within,
+        duplicates_between = share.duplicates_between,
+        pages_volatile = share.pages_volatile,
+        ksm_merging_pages = share.ksm_merging_pages,
+        pages_unmerged_by_budget = share.pages_unmerged_by_budget,
+        pages_out_of_phase = share.pages_out_of_phase,
+    ))
 }
 
 fn figures_of<'py>(py: Python<'py>, figures: &Figures) -> PyResult<Bound<'py, PyDict>> {
-    let dictionary = PyDict::new(py);
-    dictionary.set_item("mappings", figures.mappings)?;
-    dictionary.set_item("pages", figures.pages)?;
-    dictionary.set_item("pages_present", figures.present)?;
-    dictionary.set_item("pages_swapped", figures.swapped)?;
-    dictionary.set_item("pages_shared_already", figures.shared)?;
-    dictionary.set_item("pages_read", figures.read)?;
-    dictionary.set_item("pages_merged_already", figures.merged)?;
-    dictionary.set_item("pages_fit", figures.fit)?;
-    dictionary.set_item("pages_fit_for_kernel", figures.kernel)?;
-    Ok(dictionary)
+    Ok(dictionary!(py;
+        mappings = figures.mappings,
+        pages = figures.pages,
+        pages_present = figures.present,
+        pages_swapped = figures.swapped,
+        pages_shared_already = figures.shared,
+        pages_read = figures.read,
+        pages_merged_already = figures.merged,
+        pages_fit = figures.fit,
+        pages_fit_for_kernel = figures.kernel,
+    ))
 }
