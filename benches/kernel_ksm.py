@@ -1,14 +1,22 @@
 """Kernel Samepage Merging, the rival of the benches and the oracle of the tests: its knobs, its counters, its CPU time.
 
 Relies on root and /sys/kernel/mm/ksm, and on nobody else's memory being registered there. Every knob is put back,
-whatever happens. No scenario of its own.
+whatever happens: while any is turned, a process stands by that does it should this one be killed (this file run as a program).
+A lock on /sys/kernel/mm/ksm/run, which that process shares, keeps others of its kind from taking turned knobs for the
+machine's. No scenario of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
+import json
 import os
+import select
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -38,18 +46,27 @@ KNOBS = (
 """All that can be turned, in the order in which it can be: pages_to_scan is the advisor's once that is on."""
 SECONDS_TO_LET_GO = 10
 """How long a process that has just ended may still map what was merged."""
+SECONDS_TO_WAIT = 600
+"""How long somebody else may use kernel KSM before this program gives up."""
 MADV_MERGEABLE = 12
+READY, DONE = b"ready\n", b"done\n"
+"""What a guard says, and what it is told."""
 WITHOUT = "KSMRS_BENCH_WITHOUT_KERNEL"
 """Set in the environment of a bench that is to leave kernel KSM alone."""
 
 
 def opt_in(array: np.ndarray[Any, Any]) -> None:
     """Give the whole pages of an array to the kernel's KSM."""
+    advise(array, MADV_MERGEABLE)
+
+
+def advise(array: np.ndarray[Any, Any], advice: int) -> None:
+    """Give the kernel advice about the whole pages of an array."""
     first = -(-array.ctypes.data // PAGE) * PAGE
     end = (array.ctypes.data + array.nbytes) // PAGE * PAGE
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_MERGEABLE):
-        raise OSError(ctypes.get_errno(), "madvise(MADV_MERGEABLE)")
+    if libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), advice):
+        raise OSError(ctypes.get_errno(), f"madvise(..., {advice})")
 
 
 def unavailable() -> str | None:
@@ -134,29 +151,87 @@ def _turn_all(values: Mapping[str, int | str]) -> None:
                 last_first.callback(_turn_when_free, name, value)
 
 
+def _lock() -> int:
+    """A descriptor that holds kernel KSM for this process and those it gives the descriptor to."""
+    lock = os.open(KSM / "run", os.O_RDONLY | os.O_CLOEXEC)
+    until = time.monotonic() + SECONDS_TO_WAIT
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(lock)
+                why = f"another program measures with kernel KSM, still after {SECONDS_TO_WAIT} s; `lslocks` names it"
+                raise OSError(errno.EBUSY, why, str(KSM / "run")) from None
+            time.sleep(0.02)
+        else:
+            return lock
+
+
+class _Guard:
+    """A process in a session of its own that puts the knobs back when this process dies before it did so itself."""
+
+    def __init__(self, before: Mapping[str, str], lock: int) -> None:
+        died = os.pidfd_open(os.getpid())
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", __file__, json.dumps(before), str(died)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                pass_fds=(died, lock),
+                start_new_session=True,
+            )
+        finally:
+            os.close(died)
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != READY:
+            raise RuntimeError("nobody stands by to put kernel KSM's knobs back: nothing was turned")
+
+    def dismiss(self) -> None:
+        self._process.communicate(DONE)
+
+
+def _stand_by(before: Mapping[str, str], died: int) -> None:
+    """What the guard does; SIGKILL alone ends it sooner."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.write(1, READY)
+    said, ended = select.poll(), select.poll()
+    said.register(0, select.POLLIN)
+    ended.register(died, select.POLLIN)
+    either = select.poll()
+    either.register(0, select.POLLIN)
+    either.register(died, select.POLLIN)
+    either.poll()
+    # Asked first, not read: a child of the dead process may hold the other end of the pipe open.
+    if said.poll(0) and os.read(0, len(DONE)) == DONE:
+        return
+    ended.poll()
+    _turn_all(before)
+
+
 @contextmanager
 def turned(wanted: Mapping[str, int | str]) -> Iterator[None]:
     """With these knobs, and afterwards with all of them as they were, whatever was turned meanwhile.
 
-    What is merged is unmerged before and after. Knobs that this kernel does not have are left out.
+    What is merged is unmerged before and after. Knobs that this kernel does not have are left out. One at a time on a
+    machine: a second one waits, also within this process.
     """
-    before = knobs()
+    lock = _lock()
     try:
-        _turn_all({**before, **wanted})
-        yield
-    finally:
-        _turn_all(before)
-
-
-@contextmanager
-def kept() -> Iterator[dict[str, str]]:
-    """Put back what a child turned and could not put back because it was killed. Turns nothing that is as it was."""
-    before = knobs()
-    try:
-        yield before
-    finally:
-        if knobs() != before:
+        before = knobs()
+        guard = _Guard(before, lock)
+        try:
+            _turn_all({**before, **wanted})
+            yield
+        finally:
+            # Should this fail or be interrupted, the guard, which holds the lock too, tries again when this process ends.
             _turn_all(before)
+            guard.dismiss()
+            # Children that were forked meanwhile may hold the descriptor longer.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+    finally:
+        os.close(lock)
 
 
 def knobs() -> dict[str, str]:
@@ -176,3 +251,7 @@ def tuned_to_the_maximum() -> AbstractContextManager[None]:
             "run": 1,
         }
     )
+
+
+if __name__ == "__main__":
+    _stand_by(json.loads(sys.argv[1]), int(sys.argv[2]))

@@ -3,7 +3,7 @@
     python benches/report.py [--quick] [--only NAME ...] [--without-kernel] [--to benches/report]
 
 Each bench is a child process with --json; what is compared is compared within one child, by that bench. Kernel KSM's knobs
-are looked at first and are the same afterwards, also after Ctrl-C or SIGTERM or when a child is killed. Without root or
+are the same afterwards, also after Ctrl-C or SIGTERM or when a child, or this process, is killed. Without root or
 without kernel KSM, ksmrs is measured alone, and the report says so. A bench that fails is named in the report, and the exit
 status is 1. Quick figures are of sizes too small to judge, and are not judged.
 """
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,15 @@ SCENARIOS = {
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
     "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
+    "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
+    "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),
+    "application": Scenario("application.py", (), ("--mb", "8", "--seconds", "0.5", "--rounds", "1")),
+    "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
     "allocator": Scenario("allocator.py", (), ("--rounds", "1")),
     "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
-    "freeze_window": Scenario("freeze_window.py", (), ("--seconds", "0.2", "--rounds", "5")),
+    "freeze_window": Scenario("freeze_window.py", (), ("--seconds", "0.2", "--rounds", "150")),
     "freeze_tracked": Scenario("freeze_tracked.py", (), ("--rounds", "3")),
 }
 
@@ -81,6 +85,19 @@ class Row:
         return "not judged" if quick and verdicts else pair(*verdicts)
 
 
+def saved(work: str, engines: dict[str, dict[str, float]]) -> list[Row]:
+    """What a merge saved, gross and net of all that merging takes."""
+    kinds = {"kernel_maximum": ("kernel", "array by kernel"), "private": ("private", "array"), "shared": ("shared",)}
+    found = []
+    for word in ("gross", "net"):
+        row = Row(f"{work}: saved, {word}", "MiB")
+        for field, names in kinds.items():
+            for figures in (engines[name] for name in names if name in engines):
+                setattr(row, field, figures[f"{word}_saved_mib"])
+        found.append(row)
+    return found
+
+
 def merged(work: str, target_private: float | None, target_shared: float | None, result: dict[str, Any]) -> Row:
     cpu = {kind: figures["cpu_seconds"] for kind, figures in result["medians"].items()}
     ratio = result["cpu_ratio_to_kernel"]
@@ -97,15 +114,106 @@ def merged(work: str, target_private: float | None, target_shared: float | None,
     )
 
 
+def growth(result: dict[str, Any]) -> list[Row]:
+    def row(work: str, unit: str, name: str, figure: str, target: float | None = None) -> Row:
+        value = {kind: fits[name][figure] for kind, fits in result["fits"].items()}
+        found = Row(work, unit, None, value.get("kernel"), value["private"], value["shared"])
+        if target and "kernel" in value:
+            found.ratio_private, found.ratio_shared = (value[kind] / value["kernel"] for kind in ("private", "shared"))
+            found.target_private = found.target_shared = target
+        return found
+
+    sizes = [int(size) for size in result["sizes"]["private"]]
+    span = f"merge equal data, {min(sizes)} to {max(sizes)} MiB"
+    return [
+        row(f"{span}: a page more", "us CPU", "cpu", "per_page"),
+        row(f"{span}: a page more", "us wall", "wall", "per_page"),
+        row(f"{span}: a page more", "bytes of metadata", "metadata", "per_page", 1 / 2),
+        row(f"{span}: CPU grows with the power", "of pages", "cpu", "exponent"),
+    ]
+
+
+def read_merged(result: dict[str, Any]) -> list[Row]:
+    """What reading costs before merging and after it, each in parts of what it costs in memory that kernel KSM has, or had."""
+    found = []
+    units = {"ns_per_load": ("random loads", "ns CPU a load"), "gb_per_cpu_second": ("sum", "ms CPU a GB")}
+    for name, (work, unit) in units.items():
+        for backing, engines in result["figures"].items():
+            for count in engines["private"]["before"]:
+                for when in ("before", "after"):
+                    value = {kind: engine[when][count][name] for kind, engine in engines.items()}
+                    if name == "gb_per_cpu_second":
+                        value = {kind: 1e3 / speed for kind, speed in value.items()}
+                    row = Row(f"{work}, {result['mb']} MiB of {backing} pages, {count} reading, {when} merging", unit)
+                    row.kernel_maximum, row.private, row.shared = value.get("kernel"), value["private"], value["shared"]
+                    if "kernel" in value and when == "after":
+                        row.ratio_private, row.ratio_shared = (
+                            value[kind] / value["kernel"] for kind in ("private", "shared")
+                        )
+                        row.target_private = row.target_shared = 1.0
+                    found.append(row)
+    return found
+
+
+def application(result: dict[str, Any]) -> list[Row]:
+    """Each mode against kernel KSM in the same mode; with merging off, what there is to lose."""
+    found = []
+    figures = result["figures"]
+    for mode in figures["private"]:
+        for name in ("streaming", "random writes"):
+            for at in ("p50", "p99"):
+                value = {kind: modes[mode][name][at] for kind, modes in figures.items()}
+                row = Row(
+                    f"application, merging {mode}: {name}, {at}", "us", None, None, value["private"], value["shared"]
+                )
+                if mode == "defaults":
+                    row.kernel_default = value.get("kernel")
+                else:
+                    row.kernel_maximum = value.get("kernel")
+                if "kernel" in value and mode == "without pause":
+                    row.ratio_private, row.ratio_shared = (
+                        value[kind] / value["kernel"] for kind in ("private", "shared")
+                    )
+                found.append(row)
+        cpu = {kind: modes[mode]["cpu_us_per_operation"] for kind, modes in figures.items()}
+        row = Row(
+            f"application, merging {mode}: its own CPU", "us an operation", private=cpu["private"], shared=cpu["shared"]
+        )
+        setattr(row, "kernel_default" if mode == "defaults" else "kernel_maximum", cpu.get("kernel"))
+        found.append(row)
+    return found
+
+
+def unique(result: dict[str, Any]) -> list[Row]:
+    found = []
+    figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
+    targets = {"clean": 1 / 300, "100 % written": 1 / 10}
+    for state in figures["private, tracked"]:
+        for how in ("tracked", "read"):
+            us = {kind: figures[f"{kind}, {how}"][state]["us_per_page"] for kind in ("private", "shared")}
+            row = Row(f"scan {result['mb']} MiB of unique pages, {state}, {how}", "us CPU a page", **us)
+            if ratios:
+                row.kernel_maximum = figures["kernel"][state]["us_per_page"]
+                row.ratio_private, row.ratio_shared = (ratios[f"{kind}, {how}"][state] for kind in us)
+                row.kernel_default = figures["kernel, defaults"].get(state, {}).get("us_per_page")
+            if how == "tracked":
+                row.target_private = row.target_shared = targets.get(state)
+            found.append(row)
+    return found
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
     """The table of DESIGN's targets, as far as they were measured."""
     found = []
-    if "merge_2" in results:
-        found.append(merged("merge equal data", 1 / 5, 1 / 4, results["merge_2"]))
-    if "merge_8" in results:
-        found.append(merged("merge equal data", 1 / 5, 1 / 3, results["merge_8"]))
-    if "merge_arrays" in results:
-        found.append(merged("merge equal ndarrays in place", None, None, results["merge_arrays"]))
+    merges = {
+        "merge_2": ("merge equal data", 1 / 5, 1 / 4),
+        "merge_8": ("merge equal data", 1 / 5, 1 / 3),
+        "merge_arrays": ("merge equal ndarrays in place", None, None),
+    }
+    for name, targets in merges.items():
+        if name in results:
+            row = merged(*targets, results[name])
+            found += [row, *saved(row.work, results[name]["medians"])]
     for size, engines in results.get("scattered", {}).get("sizes", {}).items():
         us = {kind: figures["us_per_saved_page"] for kind, figures in engines.items()}
         part = {kind: ours / us["kernel"] for kind, ours in us.items() if "kernel" in us}
@@ -115,10 +223,7 @@ def rows(results: dict[str, Any]) -> list[Row]:
         row.ratio_private, row.ratio_shared = part.get("private"), part.get("shared")
         row.target_private = row.target_shared = target
         found.append(row)
-        saved = {kind: figures["part_saved"] for kind, figures in engines.items()}
-        found.append(
-            Row(f"{work}, saved", "of duplicates", None, saved.get("kernel"), saved["private"], saved["shared"])
-        )
+        found += saved(work, engines)
     if "time_to_savings" in results:
         result = results["time_to_savings"]
         for unit, name in (("s", "wall_seconds"), ("s CPU", "merge_cpu_seconds")):
@@ -139,6 +244,14 @@ def rows(results: dict[str, Any]) -> list[Row]:
                     target_private=1.0,
                 )
             )
+    if "growth" in results:
+        found += growth(results["growth"])
+    if "read_merged" in results:
+        found += read_merged(results["read_merged"])
+    if "application" in results:
+        found += application(results["application"])
+    if "unique" in results:
+        found += unique(results["unique"])
     for name, sizes in results.get("allocator", {}).get("work", {}).items():
         for kib, figures in sizes.items():
             unit = "of NumPy's time, 1.2 wanted" if name == "x + 1" else "of NumPy's time"
@@ -169,6 +282,7 @@ def leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
 
 def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text()
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.machine(),
@@ -176,19 +290,23 @@ def machine() -> dict[str, Any]:
         "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
         "kernel": platform.release(),
         "python": platform.python_version(),
+        "huge_pages": choice.read_text().strip() if choice.exists() else "none",
     }
 
 
 def stop(child: subprocess.Popen[str]) -> None:
-    """End a bench and its workers, which have a session of their own: first politely, so that it puts the knobs back."""
-    for number, patience in ((signal.SIGINT, PATIENCE_SECONDS), (signal.SIGKILL, PATIENCE_SECONDS)):
-        try:
+    """End a bench and its workers, which have a session of their own: first politely, so that it puts the knobs back.
+
+    Returns when nobody writes to its standard error any more: its workers are gone, and so is who puts back what it could not.
+    """
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, number)
-            child.wait(patience)
-        except ProcessLookupError:
-            return
+        try:
+            child.communicate(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
+        return
 
 
 def run(scenario: Scenario, quick: bool, environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
@@ -218,7 +336,8 @@ def markdown(report: dict[str, Any], table: list[Row]) -> str:
         "# Figures of ksmrs",
         "",
         f"{about['cpu']}, {about['cores']} cores, {about['memory_mib']:,} MiB, Linux {about['kernel']}, "
-        f"Python {about['python']}. Taken in one run of `make bench`, {report['seconds']:.0f} s.",
+        f"Python {about['python']}, transparent huge pages {about['huge_pages']}. "
+        f"Taken in one run of `make bench`, {report['seconds']:.0f} s.",
         "",
     ]
     if report["kernel_unavailable"]:
@@ -265,7 +384,10 @@ def plot(table: list[Row], to: Path) -> str | None:
     from matplotlib import pyplot  # noqa: PLC0415
 
     chart, axes = pyplot.subplots(figsize=(10, 1 + 0.5 * len(bars)), layout="constrained")
-    axes.barh([name for name, _, _ in bars], [ratio for _, ratio, _ in bars])
+    # From 1, as good as the kernel: what is better goes to the left.
+    axes.barh([name for name, _, _ in bars], [ratio - 1 for _, ratio, _ in bars], left=1)
+    axes.set_xscale("log")
+    axes.margins(y=0.01)
     for at, (_, _, target) in enumerate(bars):
         if target is not None:
             axes.plot([target, target], [at - 0.4, at + 0.4], color="black")
@@ -304,15 +426,14 @@ def main() -> int:
         "failed": {},
     }
     began = time.monotonic()
-    with nullcontext() if report["kernel_unavailable"] else kernel_ksm.kept():
-        for name in arguments.only or SCENARIOS:
-            print(f"{name} ...", flush=True)
-            result, why = run(SCENARIOS[name], arguments.quick, environment)
-            if result is None:
-                report["failed"][name] = why
-                print(f"{name} failed: {why}", file=sys.stderr)
-            else:
-                report["results"][name] = result
+    for name in arguments.only or SCENARIOS:
+        print(f"{name} ...", flush=True)
+        result, why = run(SCENARIOS[name], arguments.quick, environment)
+        if result is None:
+            report["failed"][name] = why
+            print(f"{name} failed: {why}", file=sys.stderr)
+        else:
+            report["results"][name] = result
     table = rows(report["results"])
     report |= {"seconds": time.monotonic() - began, "rows": [asdict(row) for row in table]}
     arguments.to.mkdir(parents=True, exist_ok=True)

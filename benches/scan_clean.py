@@ -6,12 +6,12 @@ One region whose pages all differ is scanned again and again, each time after no
 them were written. The memory is the same with and without tracking, and of small pages, for huge ones are not tracked. Counted
 are the CPU clocks of the scanner and of the thread that registers memory; what a write costs its writer is the time of one loop
 over the pages written, and the floor of that is tracking off. Every pass is one `ksmrs.merge()`, with the background still.
+Every byte is verified.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import tempfile
@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 
 import ksmrs
-from merge_equal import warm
+from merge_equal import Memory, small_pages_only, warm
 
 PAGE = 4096
-PR_SET_THP_DISABLE = 41
 SETTLING = 8
 """Passes after which all is registered and known, or given up."""
 
@@ -38,14 +37,13 @@ def clocks() -> int:
     return total
 
 
-class Memory:
-    def __init__(self, nbytes: int, shared: bool) -> None:
-        self.region = ksmrs.Region(nbytes, shared=shared)
-        self.pages = self.region.array(np.uint64, (nbytes // PAGE, PAGE // 8))
-        random = np.random.default_rng(3)
-        for first in range(0, len(self.pages), 4096):
-            part = self.pages[first : first + 4096]
-            part[:] = random.integers(0, 1 << 63, part.shape, np.uint64)
+class Rewritten(Memory):
+    """Memory of which a part of the pages is written again and again, a word each."""
+
+    def __init__(self, kind: str, nbytes: int) -> None:
+        super().__init__(kind, nbytes, 0)
+        self.pages = self.array.reshape(-1, PAGE // 8)
+        self._written = np.zeros(len(self.pages), np.uint64)
 
     def write(self, percent: int, turn: int) -> tuple[int, int]:
         """Pages written, and the nanoseconds that took."""
@@ -54,10 +52,17 @@ class Memory:
         at = np.arange(turn % (100 // percent), len(self.pages), 100 // percent)
         began = time.perf_counter_ns()
         self.pages[at, 7] += np.uint64(1)
-        return len(at), time.perf_counter_ns() - began
+        took = time.perf_counter_ns() - began
+        self._written[at] += np.uint64(1)
+        return len(at), took
+
+    def check(self) -> None:
+        self.pages[:, 7] -= self._written
+        if not self.content.fills(self.array):
+            raise SystemExit("a byte is wrong: this benchmark has no figures")
 
 
-def measure(memory: Memory, percent: int, passes: int) -> dict[str, float]:
+def measure(memory: Rewritten, percent: int, passes: int) -> dict[str, float]:
     """Nanoseconds of scanner per page looked at, and of the writer per page written."""
     scanned = cpu = written = writing = 0
     for turn in range(SETTLING + passes):
@@ -81,18 +86,18 @@ def main() -> None:
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    small_pages_only()
     os.environ.setdefault("KSMRS_RUNTIME_DIR", tempfile.mkdtemp(prefix="ksmrs-bench-"))
     nbytes = arguments.mb << 20
     warm(nbytes)
     found: dict[str, dict[str, float]] = {}
-    memory = None
+    memory: Rewritten | None = None
     for tracks in (True, False):
         ksmrs.disconnect()
         ksmrs.connect(dirty_tracking=tracks)
         ksmrs.tunables.smart_scan = 0
         ksmrs.tunables.sleep_millisecs = 3_600_000
-        memory = memory or Memory(nbytes, arguments.shared)
+        memory = memory or Rewritten("shared" if arguments.shared else "private", nbytes)
         ksmrs.merge()
         state = ksmrs.process_stats().dirty_tracking
         if (state == "on") != tracks:
@@ -101,6 +106,8 @@ def main() -> None:
             found[f"{percent} % written, {'tracked' if tracks else 'read'}"] = measure(
                 memory, percent, arguments.passes
             )
+    assert memory is not None
+    memory.check()
     if arguments.json:
         print(json.dumps(found))
         return

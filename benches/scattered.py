@@ -3,8 +3,8 @@
     python benches/scattered.py [--mb 64 128 1024] [--json]
 
 Such pages do not join to runs, so ksmrs pays with mappings, of which it spends a third of vm.max_map_count per process; what
-does not fit stays unmerged. Kernel KSM, at its maximum, needs none. CPU time as in merge_equal.py, here per page saved; net
-saved is pages_sharing less what the page tables of the workers grew by. Every byte is verified.
+does not fit stays unmerged. Kernel KSM, at its maximum, needs none. CPU time and net saving as in merge_equal.py, here per page
+saved. Every byte is verified.
 """
 
 from __future__ import annotations
@@ -16,25 +16,17 @@ from pathlib import Path
 
 import kernel_ksm
 import ksmrs
-from merge_equal import MIB, PAGE, PATIENCE_SECONDS, Workers, fresh_broker, measure, until, warm
+from merge_equal import MIB, PAGE, PATIENCE_SECONDS, Engine, Workers, fresh_broker, measure, until, warm
 
 PROCESSES = 2
 
 
-def figures(
-    workers: Workers, engine: Callable[[], float], merge: Callable[[], None], sharing: Callable[[], int], nbytes: int
-) -> dict[str, float]:
-    mappings, tables = sum(workers.ask("mappings")), sum(workers.ask("page tables"))
-    found = measure(workers, engine, merge, 1)
-    saved = sharing()
-    grown = sum(workers.ask("page tables")) - tables
+def figures(workers: Workers, engine: Engine, merge: Callable[[], None], nbytes: int) -> dict[str, float]:
+    found = measure(workers, engine, merge, 0)
     return {
-        "us_per_saved_page": found["cpu_seconds"] / saved * 1e6,
-        "part_saved": saved * PAGE / nbytes,
-        "net_saved_mib": (saved * PAGE - grown) / MIB,
-        "mappings_added": sum(workers.ask("mappings")) - mappings,
-        "cpu_seconds": found["cpu_seconds"],
-        "wall_seconds": found["wall_seconds"],
+        "us_per_saved_page": found["us_per_merged_page"],
+        "part_saved": found["gross_saved_mib"] * MIB / nbytes,
+        **{name: value for name, value in found.items() if name != "us_per_merged_page"},
     }
 
 
@@ -44,7 +36,7 @@ def by_kernel(nbytes: int) -> dict[str, float]:
         until(lambda: kernel_ksm.counter("pages_sharing"), nbytes // PAGE)
 
     with Workers("kernel", nbytes, PROCESSES, scattered=True) as workers, kernel_ksm.tuned_to_the_maximum():
-        return figures(workers, kernel_ksm.ksmd_seconds, merge, lambda: kernel_ksm.counter("pages_sharing"), nbytes)
+        return figures(workers, Engine(), merge, nbytes)
 
 
 def by_ksmrs(kind: str, nbytes: int) -> dict[str, float]:
@@ -53,7 +45,7 @@ def by_ksmrs(kind: str, nbytes: int) -> dict[str, float]:
             raise SystemExit(f"ksmrs was not done in {PATIENCE_SECONDS} s")
 
     with fresh_broker() as engine, Workers(kind, nbytes, PROCESSES, scattered=True) as workers:
-        return figures(workers, engine, merge, lambda: ksmrs.stats().pages_sharing, nbytes)
+        return figures(workers, engine, merge, nbytes)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import kernel_ksm
 import ksmrs
-from merge_equal import MIB, PAGE, Workers, fresh_broker, measure, until, warm
+from merge_equal import MIB, PAGE, Engine, Workers, fresh_broker, measure, until, warm
 
 PART = 0.9
 PATIENCE_SECONDS = 300
@@ -40,7 +40,7 @@ def by_kernel(nbytes: int, count: int, wanted: int) -> dict[str, float]:
         until_saved(lambda: kernel_ksm.counter("pages_sharing"), wanted)
 
     with Workers("kernel", nbytes, count) as workers, kernel_ksm.turned(KERNEL_DEFAULTS):
-        return measure(workers, kernel_ksm.ksmd_seconds, merge, wanted)
+        return measure(workers, Engine(), merge, wanted)
 
 
 def by_ksmrs(kind: str, nbytes: int, count: int, wanted: int) -> dict[str, float]:

@@ -176,6 +176,29 @@ def test_a_fork(workers: tuple[Worker, Worker], shared: bool) -> None:
     expect()
 
 
+def test_the_last_page_of_a_frame_goes_while_a_child_may_show_it(workers: tuple[Worker, Worker], shared: bool) -> None:
+    # A child that is stopped before it could say what it shows.
+    workers[1].do(
+        "child = forked(lambda: os.kill(os.getpid(), signal.SIGSTOP));"
+        "assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])"
+    )
+    try:
+        for worker in workers:
+            worker.do("region.close()")
+
+        def gone() -> bool:
+            now = counters()
+            return (now["pages_shared"], now["pages_sharing"], now["regions"]) == (0, 0, 0)
+
+        wait_for(gone, "the pages to be gone")
+        ksmrs.merge(30)
+        assert counters()["frames"] == PAGES
+        assert counters()["references_in_limbo"] >= PAGES
+    finally:
+        workers[1].do("os.kill(child, signal.SIGKILL); os.waitpid(child, 0)")
+    expect(pages_shared=0, pages_sharing=0, frames=0, regions=0)
+
+
 def test_a_process_asks_for_itself(workers: tuple[Worker, Worker]) -> None:
     workers[1].do(
         "own = ksmrs.process_stats();"

@@ -35,9 +35,8 @@ def test_a_region_is_writable_zeroed_bytes(shared: bool) -> None:
 
 def test_a_region_counts_its_pages(shared: bool, runtime_dir: object) -> None:
     pages = 64
-    price = pages * _ksmrs.METADATA_PER_PAGE
     with ksmrs.Region(pages * ksmrs.PAGE_SIZE, shared) as region:
-        assert region.stats() == ksmrs.RegionStats(pages=pages, pages_private=pages, ksm_profit=-price)
+        assert region.stats() == ksmrs.RegionStats(pages=pages, pages_private=pages)
         contents = np.repeat(np.random.default_rng(1).integers(1, 256, (16, 4096), np.uint8), 2, axis=0)
         region.array("u1", (32, 4096))[:] = contents
         region.array("u1", (16, 4096), 32 * 4096)[:] = 0
@@ -48,7 +47,12 @@ def test_a_region_counts_its_pages(shared: bool, runtime_dir: object) -> None:
         # Pages that were read or written to be zero have memory, which merging frees; the last twelve never had any.
         assert found.ksm_zero_pages + found.pages_private == 28
         assert found.ksm_zero_pages >= 16
-        assert found.ksm_profit == (32 + found.ksm_zero_pages) * ksmrs.PAGE_SIZE - price
+        profit = (32 + found.ksm_zero_pages) * ksmrs.PAGE_SIZE - found.ksm_rmap_items * _ksmrs.METADATA_PER_PAGE
+        assert found.ksm_profit == profit
+        assert (found.ksm_rmap_items, found.ksm_profit) == (
+            ksmrs.process_stats().ksm_rmap_items,
+            ksmrs.process_stats().ksm_process_profit,
+        )
         assert found.ksm_merging_pages == ksmrs.process_stats().ksm_merging_pages
     with pytest.raises(ksmrs.ClosedRegionError):
         region.stats()

@@ -318,6 +318,31 @@ def test_what_may_not_take_part_is_refused_with_its_path(tmp_path: Path) -> None
     os.close(fd)
 
 
+def test_an_object_that_is_cut_short_loses_no_merged_page() -> None:
+    ksmrs.tunables.smart_scan = 0
+    fd = os.memfd_create("ksmrs-test")
+    os.truncate(fd, CONTENT.size)
+    with mmap.mmap(fd, CONTENT.size) as mapped:
+        mapped[:] = CONTENT.tobytes()
+        ksmrs.madvise(mapped, ksmrs.MADV_MERGEABLE, exclusive=True)
+        other = anonymous()
+        opted_in(other)
+        merge(2 * PAGES, mapped, other)
+        os.truncate(fd, CONTENT.size // 2)
+        assert ksmrs.merge(30).finished
+        stats = ksmrs.stats()
+        assert (stats.pages_shared, stats.pages_sharing, stats.frames) == (PAGES, PAGES, PAGES)
+        assert mapped[:] == CONTENT.tobytes()
+        with pytest.raises(OSError, match=r"cut short: make it as long as it was \(ftruncate\) and opt out again"):
+            ksmrs.madvise(mapped, ksmrs.MADV_UNMERGEABLE)
+        assert mapped[:] == CONTENT.tobytes()
+        os.truncate(fd, CONTENT.size)
+        ksmrs.madvise(mapped, ksmrs.MADV_UNMERGEABLE)
+        assert mapped[:] == os.pread(fd, CONTENT.size, 0) == CONTENT.tobytes()
+        ksmrs.madvise(other, ksmrs.MADV_UNMERGEABLE)
+    os.close(fd)
+
+
 def test_a_region_with_a_name() -> None:
     name = f"/ksmrs-test-named-{os.getpid()}"
     region = ksmrs.Region(CONTENT.size, name=name)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ksmrs._arrays import array, empty, full, zeros
     from ksmrs._doctor import Finding, doctor
     from ksmrs._page_map import page_map
+    from ksmrs._survey import Survey, survey
 
 _launch.configure_default()
 # A child of os.fork(), multiprocessing's among them, goes on merging with what it inherited.
@@ -58,6 +59,7 @@ __all__ = [
     "Region",
     "RegionStats",
     "Stats",
+    "Survey",
     "SystemCallError",
     "UnknownKnobError",
     "UnsupportedError",
@@ -75,6 +77,7 @@ __all__ = [
     "pinned",
     "process_stats",
     "stats",
+    "survey",
     "tunables",
     "worker_init",
     "zeros",
@@ -92,6 +95,10 @@ def __getattr__(name: str) -> Any:
         from ksmrs import _doctor
 
         return getattr(_doctor, name)
+    if name in {"Survey", "survey"}:
+        from ksmrs import _survey
+
+        return getattr(_survey, name)
     if name == "page_map":
         from ksmrs import _page_map
 

@@ -70,6 +70,8 @@ class Stats:
     """Pages left alone since their client has no kernel mappings to spare, ever."""
     pages_unmerged_in_huge_pages: int = 0
     """Pages left alone since merging them would have split a huge page (`split_huge_pages` is 0), counted at each try."""
+    regions_rested: int = 0
+    """Times that nothing more of a region was merged for 0.25 to 16 s, since what merged was written again at once, ever."""
     pages_disbelieved: int = 0
     """Page table words that cannot be true, ever: a damaged or lying client."""
     references_in_limbo: int = 0

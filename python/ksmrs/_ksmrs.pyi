@@ -11,6 +11,7 @@ __all__ = [
     "Adopted",
     "Pin",
     "Region",
+    "Survey",
     "adopt",
     "advise",
     "begin_heap",
@@ -63,6 +64,8 @@ class Region:
     def __release_buffer__(self, buffer: memoryview, /) -> None: ...
     def page_states(self) -> bytes:
         """Return one byte per page: its state, as in `ksmrs.PageState`."""
+    def items(self) -> int:
+        """Count the pages that show a frame or, as the last scan saw them, have memory."""
     def leave(self) -> None:
         """Unmerge everything and take the memory out of ksmrs; it stays mapped while anybody can see it."""
 
@@ -93,6 +96,22 @@ class Adopted:
 class Pin:
     def release(self) -> None:
         """Let the pages go; once more does nothing."""
+
+@final
+class Survey:
+    BYTES_PER_PAGE: int
+    MOST_PROCESSES: int
+    def __new__(cls, memory: int, fraction: float, least_pages: int) -> Self: ...
+    def add(self, pid: int) -> None:
+        """Take a process in, before the first step; OSError where it may not be looked at."""
+    def step(self, seconds: float) -> tuple[str, int, int]:
+        """Work for about so long without the interpreter's lock: the stage, pages of it done and in all; the last is "done"."""
+    def kept(self) -> tuple[float, float, int]:
+        """Return the fractions of contents and of windows that were kept, and how many pages that is."""
+    def tally(self, ksmrs: tuple[int, bool], kernel: tuple[int, bool], mappings: int) -> dict[str, Any]:
+        """Count for each engine's max_page_sharing and use_zero_pages, and a process's budget of mappings."""
+    def classes(self, process: int) -> bytes:
+        """Return the class of each page of a process that was kept, by address."""
 
 def extent(buffer: Any) -> tuple[int, int]: ...
 def adopt(address: int, nbytes: int, exclusive: bool) -> Adopted: ...

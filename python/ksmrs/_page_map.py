@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
+    Map = np.ndarray[Any, np.dtype[np.uint8]]
+    Colour = tuple[int, int, int]
+
 COLOURS: dict[PageState, tuple[int, int, int]] = {
     PageState.PRIVATE: (190, 190, 190),
     PageState.FREEZING: (255, 200, 87),
@@ -59,6 +62,12 @@ def page_map(path: str | os.PathLike[str], regions: Region | Iterable[Region]) -
 
 
 def _draw(regions: list[Region]) -> Image.Image:
+    colours = {state.value: (state.name, colour) for state, colour in COLOURS.items()}
+    return draw([states(region) for region in regions], colours)
+
+
+def draw(maps: list[Map], colours: dict[int, tuple[str, Colour]]) -> Image.Image:
+    """Draw maps below one another, a pixel for each number in them, above a legend; `colours` names the numbers, from 0 on."""
     import numpy as np  # noqa: PLC0415
 
     try:
@@ -67,22 +76,21 @@ def _draw(regions: list[Region]) -> Image.Image:
         text = "pictures of pages need Pillow: pip install 'ksmrs[picture]'"
         raise ImportError(text, name=missing.name) from missing
 
-    maps = [states(region) for region in regions]
     pages = sum(found.size for found in maps)
     width = min(MOST_WIDTH, max(LEAST_WIDTH, 1 << math.ceil(math.log2(math.isqrt(pages) + 1))))
-    # What lies past a region's last page is paper, a number that no state has.
-    none = max(PageState) + 1
-    palette = np.array([*(COLOURS[state] for state in sorted(PageState)), PAPER], np.uint8)
+    # What lies past a map's last page is paper, a number that no page has.
+    none = max(colours) + 1
+    palette = np.array([*(colours[number][1] for number in range(none)), PAPER], np.uint8)
     lines = [np.pad(found, (0, -found.size % width), constant_values=none).reshape(-1, width) for found in maps]
     drawn = np.vstack(lines) if lines else np.empty((0, width), np.uint8)
     counts = np.bincount(np.concatenate([*maps, np.empty(0, np.uint8)]), minlength=none)
 
-    legend = [(state, int(counts[state])) for state in PageState if counts[state]]
+    legend = [(*colours[number], int(counts[number])) for number in range(none) if counts[number]]
     image = Image.new("RGB", (width, drawn.shape[0] + LINE * (len(legend) + 1)), PAPER)
     image.paste(Image.fromarray(palette[drawn]), (0, 0))
     pen = ImageDraw.Draw(image)
-    for number, (state, count) in enumerate(legend):
+    for number, (name, colour, count) in enumerate(legend):
         top = drawn.shape[0] + LINE // 2 + number * LINE
-        pen.rectangle((4, top + 2, 12, top + 10), fill=COLOURS[state])
-        pen.text((18, top), f"{state.name} {count:,}", fill=INK)
+        pen.rectangle((4, top + 2, 12, top + 10), fill=colour)
+        pen.text((18, top), f"{name} {count:,}", fill=INK)
     return image

@@ -24,6 +24,7 @@ COUNTERS = {
     "pages_migrated",
     "pages_unmerged_by_budget",
     "pages_unmerged_in_huge_pages",
+    "regions_rested",
     "pages_disbelieved",
 }
 """What a broker counts from its start on; all else is what it is now."""

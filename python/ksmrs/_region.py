@@ -63,6 +63,8 @@ class RegionStats:
 
     pages: int = 0
     """Pages of the region."""
+    ksm_rmap_items: int = 0
+    """Pages that show a frame or, as the last scan saw them, have memory; not those that were opted out."""
     ksm_merging_pages: int = 0
     """Pages that show a frame."""
     ksm_zero_pages: int = 0
@@ -74,8 +76,8 @@ class RegionStats:
     pages_changing: int = 0
     """Pages that are about to merge, or to get memory of their own again."""
     ksm_profit: int = 0
-    """Bytes that merged pages and pages of zeros do not take, less ksmrs's bytes for each page of the region. As in the kernel,
-    a frame counts for nobody."""
+    """Bytes that merged pages and pages of zeros do not take, less ksmrs's bytes for each of `ksm_rmap_items`. As in the
+    kernel, a frame counts for nobody."""
 
 
 _COUNTED_AS = {
@@ -165,8 +167,9 @@ class Region(_ksmrs.Region):
         for state in PageState:
             counts[_COUNTED_AS.get(state, "pages_changing")] += states.count(state)
         saved = counts["ksm_merging_pages"] + counts["ksm_zero_pages"]
-        profit = saved * PAGE_SIZE - len(states) * _ksmrs.METADATA_PER_PAGE
-        return RegionStats(pages=len(states), ksm_profit=profit, **counts)
+        items = self.items()
+        profit = saved * PAGE_SIZE - items * _ksmrs.METADATA_PER_PAGE
+        return RegionStats(pages=len(states), ksm_rmap_items=items, ksm_profit=profit, **counts)
 
     def page_map(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return the state of each page, a `PageState`, as a new array: uint8, one dimension, one element per page.

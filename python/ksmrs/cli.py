@@ -106,6 +106,75 @@ def top(interval: float, once: bool) -> None:
     _top.run(interval, once)
 
 
+class _BeforeCommand(click.Command):
+    """Takes what follows `--` for a command, whatever it looks like."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            context.obj = args[args.index("--") + 1 :]
+            args = args[: args.index("--")]
+        return super().parse_args(context, args)
+
+    def collect_usage_pieces(self, context: click.Context) -> list[str]:
+        return ["[OPTIONS] {PID... | -- COMMAND...}"]
+
+
+@main.command(cls=_BeforeCommand)
+@click.argument("pids", metavar="PID...", nargs=-1, type=click.IntRange(1, (1 << 31) - 1))
+@click.option("--children", is_flag=True, help="Descendants of each PID as well; those of a COMMAND always are.")
+@click.option("--after", type=click.FloatRange(0), help="Look at the COMMAND after so many seconds.")
+@click.option(
+    "--sample",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Share of contents kept.",
+)
+@click.option(
+    "--cpu", type=click.FloatRange(0, 1, min_open=True), default=0.5, show_default=True, help="Share of one CPU used."
+)
+@click.option("--memory", type=click.IntRange(1, 1 << 20), default=256, show_default=True, help="MiB for its lists.")
+@click.option(
+    "--settle", type=click.FloatRange(0, 3599), default=1.0, show_default=True, help="Seconds to the second look."
+)
+@click.option("--min-bytes", type=click.IntRange(0), default=0, help="Pass over mappings smaller than this.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option("--png", type=click.Path(dir_okay=False, path_type=Path), help="Write a picture: a pixel for each page.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write the report there.")
+@click.pass_obj
+def survey(  # noqa: PLR0917 (an argument for each option)
+    words: list[str] | None,
+    pids: tuple[int, ...],
+    children: bool,
+    after: float | None,
+    sample: float,
+    cpu: float,
+    memory: int,
+    settle: float,
+    min_bytes: int,
+    as_json: bool,
+    png: Path | None,
+    output: Path | None,
+) -> None:
+    """Say what merging would save in processes of yours, or in a COMMAND that it starts.
+
+    Nothing changes in them. A COMMAND is looked at when its memory has stopped growing for two seconds, --after SECONDS,
+    or when this process gets SIGUSR1; its exit status is passed on, and the report goes to standard error.
+    """
+    from ksmrs import _survey_main  # noqa: PLC0415 (rich, for this command only)
+
+    wishes = _survey_main.Wishes(sample, cpu, memory << 20, settle, min_bytes, as_json, png, output)
+    if bool(words) == bool(pids):
+        raise click.UsageError("name processes by their numbers, or a command after --: ksmrs survey -- python app.py")
+    if words:
+        if children:
+            raise click.UsageError("--children is for processes that run; those of a command are looked at anyway")
+        sys.exit(_survey_main.command(words, after, wishes))
+    if after is not None:
+        raise click.UsageError("--after is for a command: ksmrs survey --after 5 -- python app.py")
+    _survey_main.processes(list(pids), children, wishes)
+
+
 @main.command("set")
 @click.argument("assignment", metavar="KNOB=VALUE")
 def set_knob(assignment: str) -> None:

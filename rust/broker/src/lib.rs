@@ -26,5 +26,6 @@ mod sweep;
 pub mod wire;
 
 pub use ksmrs_core::METADATA_PER_PAGE;
+pub use ksmrs_sys::survey;
 pub use offence::Offence;
 pub use serve::{BrokerError, BrokerOptions, Started, run_broker, serve_embedded, start_daemon};

@@ -222,10 +222,18 @@ impl Core {
         };
         let was_written = matches!(seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_));
         if writes_count && was_written && matches!(from, Place::Merged(_)) && to != from {
-            self.events.cow += 1;
+            self.broke(page);
         }
         self.move_page(page, to, region, id, Some(epoch));
         true
+    }
+
+    /// A merged page was written.
+    fn broke(&mut self, page: PageNumber) {
+        self.events.cow += 1;
+        let now = self.now;
+        let rests = self.regions.of_mut(page).is_some_and(|region| region.broke(now));
+        self.events.rests += u64::from(rests);
     }
 
     /// Finds an equal for a page with this content, or files it as a candidate.
@@ -412,7 +420,8 @@ impl Core {
     fn run_mapped(&mut self, id: ClientId, run: Run, outcome: &RunOutcome, epoch: Epoch) {
         let (now, was_tried) = (self.now, outcome.failure != Some(RunFailure::NotAlone));
         let region = self.regions.of_mut(run.first).map(|region| {
-            region.answered(now, was_tried);
+            let merged = outcome.merged.iter().map(|bits| bits.count_ones()).sum();
+            region.answered(now, was_tried, merged);
             region.range
         });
         let has = |bits: &[u64; 8], i: usize| bits[i / 64] >> (i % 64) & 1 != 0;
@@ -432,7 +441,7 @@ impl Core {
                 self.move_proposed(id, region, page, slot, Place::showing(slot), epoch);
             } else if has(&outcome.covering, i) && slot != Slot::ZERO {
                 self.events.merges += 1;
-                self.events.cow += 1;
+                self.broke(page);
                 self.move_proposed(id, region, page, slot, Place::Covering(slot), epoch);
             } else if !was_tried {
                 // So nobody's clone shows it. To keep it for the next epoch would pile frames up for as long as

@@ -5,7 +5,7 @@
 //! 512, and only for extents in use. Relies on `rmap.rs` for who needs a frame; never decides by itself that one is free.
 
 use crate::checksum::Checksum;
-use crate::page::WINDOW;
+use crate::page::{WINDOW, lengthen};
 use crate::record::{CROWDED, Frame, Life};
 use crate::region::Hint;
 use hashbrown::HashMap;
@@ -246,7 +246,7 @@ impl Frames {
 
     fn touch(&mut self) -> u32 {
         self.untouched += 1;
-        self.extents.push(None);
+        lengthen(&mut self.extents, self.untouched as usize);
         self.untouched - 1
     }
 

@@ -233,6 +233,7 @@ impl Core {
             pages_migrated: events.migrated,
             pages_unmerged_by_budget: events.over_budget,
             pages_unmerged_in_huge_pages: events.would_split,
+            regions_rested: events.rests,
             pages_disbelieved: events.disbelieved,
             references_in_limbo: self.rmap.limbo.len(),
         }

@@ -35,9 +35,34 @@ pub(crate) struct Hint {
     pub extent: u32,
 }
 
-/// How long a region rests at first when its client is not alone with its memory, and at most: with a doubling for each time in
-/// a row that costs a long-lived child's parent next to nothing, and a short-lived child's hardly any merges.
+/// How long a region rests at first, and at most: with a doubling for each time in a row what is in vain costs next to nothing in
+/// the long run, and what is over soon hardly any merges.
 const REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(16));
+
+/// Breaks after which it is asked whether merging pays: 4 MiB that were copied back.
+const MANY_BREAKS: u32 = 1024;
+
+/// A time in which nothing of a region is proposed.
+#[derive(Clone, Copy, Debug)]
+struct Rest {
+    until: Duration,
+    length: Duration,
+}
+
+impl Rest {
+    /// The next in a row.
+    fn after(last: Option<Rest>, now: Duration) -> Rest {
+        let length = last.map_or(REST.0, |last| (last.length * 2).min(REST.1));
+        Rest {
+            until: now + length,
+            length,
+        }
+    }
+
+    fn lasts(self, now: Duration) -> bool {
+        now < self.until
+    }
+}
 
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
@@ -48,25 +73,47 @@ pub(crate) struct Region {
     /// Open orders that name pages of it.
     pub pins: u32,
     pub left: bool,
-    /// Nothing of it is proposed until then, and how long that was from the start.
-    rest: Option<(Duration, Duration)>,
+    /// Its client is not alone with its memory.
+    accompanied: Option<Rest>,
+    /// Its pages are written as fast as they merge.
+    restless: Option<Rest>,
+    /// Since it was last asked whether merging pays.
+    merges: u32,
+    breaks: u32,
 }
 
 impl Region {
     /// Whether nothing of it is proposed now, unless a merge is requested.
     pub(crate) fn rests(&self, now: Duration) -> bool {
-        self.rest.is_some_and(|(until, _)| now < until)
+        let mut rests = self.accompanied.iter().chain(&self.restless);
+        rests.any(|rest| rest.lasts(now))
     }
 
-    /// Its client was asked to map pages of it, and was alone with its memory or was not.
-    pub(crate) fn answered(&mut self, now: Duration, alone: bool) {
+    /// Its client was asked to map pages of it, and was alone with its memory or was not; how many of them merged.
+    pub(crate) fn answered(&mut self, now: Duration, alone: bool, merged: u32) {
+        self.merges = self.merges.saturating_add(merged);
         if alone {
-            self.rest = None;
-        } else if !self.rests(now) {
+            self.accompanied = None;
+        } else if !self.accompanied.is_some_and(|rest| rest.lasts(now)) {
             // Not for each run that was under way: one answer says it for all of them.
-            let length = self.rest.map_or(REST.0, |(_, length)| (length * 2).min(REST.1));
-            self.rest = Some((now + length, length));
+            self.accompanied = Some(Rest::after(self.accompanied, now));
         }
+    }
+
+    /// One of its merged pages was written. Whether it rests from now on, for a merge that is undone at once costs two copies.
+    pub(crate) fn broke(&mut self, now: Duration) -> bool {
+        if self.restless.is_some_and(|rest| rest.lasts(now)) {
+            // What merged before it rests is written too, and says nothing new.
+            return false;
+        }
+        self.breaks = self.breaks.saturating_add(1);
+        if self.breaks < MANY_BREAKS {
+            return false;
+        }
+        let pays = self.merges / 2 > self.breaks;
+        (self.merges, self.breaks) = (0, 0);
+        self.restless = (!pays).then(|| Rest::after(self.restless, now));
+        !pays
     }
 }
 
@@ -107,7 +154,10 @@ impl Regions {
                 hint: None,
                 pins: 0,
                 left: false,
-                rest: None,
+                accompanied: None,
+                restless: None,
+                merges: 0,
+                breaks: 0,
             },
         );
         self.by_first.insert(first, id);
@@ -262,8 +312,8 @@ mod tests {
         let mut now = Duration::from_secs(1);
         let mut rests = Vec::new();
         for _ in 0..9 {
-            region.answered(now, false);
-            region.answered(now, false);
+            region.answered(now, false, 0);
+            region.answered(now, false, 0);
             let since = now;
             while region.rests(now) {
                 now += Duration::from_millis(50);
@@ -271,10 +321,40 @@ mod tests {
             rests.push((now - since).as_millis());
         }
         assert_eq!(rests, [250, 500, 1000, 2000, 4000, 8000, 16_000, 16_000, 16_000]);
-        region.answered(now, false);
-        region.answered(now, true);
+        region.answered(now, false, 0);
+        region.answered(now, true, 0);
         assert!(!region.rests(now), "alone again");
-        region.answered(now, false);
+        region.answered(now, false, 0);
+        assert!(!region.rests(now + REST.0), "and afterwards as if for the first time");
+    }
+
+    #[test]
+    fn a_region_rests_where_merges_do_not_last() {
+        let mut regions = Regions::default();
+        let (id, _) = regions.join(ClientId(1), Kind::Private, 10, 0).unwrap();
+        let region = regions.get_mut(id).unwrap();
+        let mut now = Duration::from_secs(1);
+        // A large part merges for good: a thousand breaks beside it are nothing.
+        region.answered(now, true, 100_000);
+        assert!((0..MANY_BREAKS).all(|_| !region.broke(now)));
+        let mut rests = Vec::new();
+        for _ in 0..8 {
+            region.answered(now, true, MANY_BREAKS);
+            let begun = (0..MANY_BREAKS).filter(|_| region.broke(now)).count();
+            assert_eq!((begun, region.rests(now)), (1, true));
+            assert!((0..2 * MANY_BREAKS).all(|_| !region.broke(now)));
+            let since = now;
+            while region.rests(now) {
+                now += Duration::from_millis(50);
+            }
+            rests.push((now - since).as_millis());
+            assert!(!region.broke(now), "it is asked after as many breaks as ever");
+        }
+        assert_eq!(rests, [250, 500, 1000, 2000, 4000, 8000, 16_000, 16_000]);
+        region.answered(now, true, 3 * MANY_BREAKS);
+        assert!((0..MANY_BREAKS).all(|_| !region.broke(now)), "it pays");
+        region.answered(now, true, MANY_BREAKS);
+        assert_eq!((0..MANY_BREAKS).filter(|_| region.broke(now)).count(), 1);
         assert!(!region.rests(now + REST.0), "and afterwards as if for the first time");
     }
 

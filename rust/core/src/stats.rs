@@ -62,6 +62,8 @@ pub struct Stats {
     pub pages_unmerged_by_budget: u64,
     /// Proposals that a client turned down because they would have split a huge page (`split_huge_pages` is 0), ever.
     pub pages_unmerged_in_huge_pages: u64,
+    /// Times that a region was left alone for a while because its merges did not last.
+    pub regions_rested: u64,
     /// Words that named something core never proposed, ever: a lying or damaged client.
     pub pages_disbelieved: u64,
     /// References that wait for the seal of an epoch.
@@ -93,6 +95,7 @@ pub(crate) struct Events {
     pub over_budget: u64,
     pub would_split: u64,
     pub disbelieved: u64,
+    pub rests: u64,
     /// Pages marked Unshared.
     pub unshared: u64,
     /// Pages marked Item.

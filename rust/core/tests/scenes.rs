@@ -373,6 +373,57 @@ fn what_is_refused_while_a_stranger_has_the_memory_piles_nothing_up() {
 }
 
 #[test]
+fn a_region_whose_merges_do_not_last_is_left_alone_and_others_are_not() {
+    let half = 4 * WINDOW;
+    let (mut world, ids) = clients(2, 2 * half, |_, i| 10 + i);
+    world.disk_trouble = false;
+    for (knob, value) in [
+        ("smart_scan", "0"),
+        ("advisor_mode", "none"),
+        ("pages_to_scan", "100000"),
+    ] {
+        world.core.set(knob, value).unwrap();
+    }
+    // Half of it is written whenever it merged: the same anew, so that it merges again.
+    let mut contents = 100_000;
+    let mut merges_at = Vec::new();
+    for second in 0..30 {
+        for _ in 0..50 {
+            world.settle();
+            world.now += Duration::from_millis(20);
+            if world.core.stats().pages_sharing >= u64::from(2 * half) - 8 {
+                contents += half;
+                for (id, page) in ids.iter().flat_map(|&id| (0..half).map(move |page| (id, page))) {
+                    world.write(id, page as usize, contents + page);
+                }
+            }
+        }
+        merges_at.push((second, world.core.stats().merges));
+    }
+    let stats = world.core.stats();
+    assert!(
+        (10..=14).contains(&stats.regions_rested),
+        "{} rests",
+        stats.regions_rested
+    );
+    assert!(
+        stats.pages_sharing >= u64::from(half),
+        "the other half stays merged: {stats:?}"
+    );
+    let (early, late) = (merges_at[4].1, merges_at[29].1 - merges_at[4].1);
+    assert!(late < early, "{merges_at:?}");
+    // Nobody writes any more: all merges, at once on request, in the background once it rested.
+    world.now += Duration::from_secs(16);
+    for _ in 0..5 {
+        world.settle();
+        world.now += Duration::from_millis(20);
+    }
+    assert_eq!(world.core.stats().pages_sharing, u64::from(2 * half));
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
 fn run_2_unmerges_everything_and_run_1_merges_again() {
     let (mut world, _) = clients(2, 2 * WINDOW, |_, i| 10 + i / 2);
     world.merge();
@@ -473,6 +524,21 @@ fn pages_of_two_nodes_make_two_frames_unless_they_merge_across() {
             assert_eq!(world.nodes_shown(id), vec![expected; WINDOW as usize]);
         }
     }
+}
+
+#[test]
+fn frames_of_neighbours_on_two_nodes_are_filled_on_two() {
+    let mut world = World::with_slots(1, 64 * WINDOW);
+    world.disk_trouble = false;
+    world.core.set("merge_across_nodes", "0").unwrap();
+    let ids = [0, 0].map(|node| on_node(&mut world, 64, node));
+    for id in ids {
+        (0..64).for_each(|page| world.migrate(id, page, (page / 4 % 2) as u8));
+    }
+    world.merge();
+    assert_eq!(counted(&world), (64, 64, 0, 0));
+    let expected: Vec<_> = (0..64).map(|page| Some(page / 4 % 2)).collect();
+    assert!(ids.into_iter().all(|id| world.nodes_shown(id) == expected));
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod engine;
 mod error;
 mod live;
 mod region;
+mod survey;
 
 /// The extension module.
 #[pyo3::pymodule]
@@ -56,6 +57,8 @@ mod _ksmrs {
     };
     #[pymodule_export]
     use super::region::{Pin, Region, advise, pin};
+    #[pymodule_export]
+    use super::survey::Survey;
 
     /// Bytes of a page.
     #[pymodule_export]

@@ -114,6 +114,11 @@ impl Region {
         Ok(PyBytes::new(py, &states))
     }
 
+    /// Pages that show a frame or, as the last scan saw them, have memory.
+    fn items(&self, py: Python<'_>) -> PyResult<u32> {
+        Ok(self.memory(py)?.region.items())
+    }
+
     /// Unmerges everything and takes the memory out of ksmrs; it stays mapped while anybody can see it.
     fn leave(&self, py: Python<'_>) -> PyResult<()> {
         let Ok(memory) = self.memory(py) else { return Ok(()) };

@@ -48,7 +48,12 @@ impl Checksummer {
 
     /// The page's checksum: 48 bits, never 0 (which means "none yet").
     pub fn page(&self, page: &[u8; PAGE_SIZE]) -> u64 {
-        let hash = XxHash3_64::oneshot_with_secret(&self.secret, page).expect("the secret is long enough");
+        self.bytes(page)
+    }
+
+    /// The same of any bytes.
+    pub(crate) fn bytes(&self, bytes: &[u8]) -> u64 {
+        let hash = XxHash3_64::oneshot_with_secret(&self.secret, bytes).expect("the secret is long enough");
         (hash & CHECKSUM_MASK).max(1)
     }
 

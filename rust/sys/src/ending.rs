@@ -38,12 +38,21 @@ impl Region {
         };
         GIVEN_UP.fetch_add(1, Ordering::Relaxed);
         left.unwrap_or(Ok(()))
-            .map_err(SysError::call("mremap", "leaving region"))
+            .map_err(|errno| SysError::call("mremap", self.what_leaves(errno))(errno))
             .inspect_err(|_| {
                 let mut holds = self.holds();
                 holds.unadvised = before;
                 self.let_go(&holds, 0..self.pages());
             })
+    }
+
+    /// What an error on leaving names. Pages that lie behind an object's end have nowhere to go.
+    fn what_leaves(&self, errno: rustix::io::Errno) -> &'static str {
+        if errno == rustix::io::Errno::FAULT && self.view.is_vanishing() {
+            "leaving region, whose object was cut short: make it as long as it was (ftruncate) and opt out again"
+        } else {
+            "leaving region"
+        }
     }
 
     pub(crate) fn leave_on(&self, view: &View) -> Result<(), rustix::io::Errno> {

@@ -105,6 +105,9 @@ impl Foreign {
                 reason,
             };
             is_fit(&mapped, exclusive).map_err(unfit)?;
+            if has_memory_policy(mapped.range.start) {
+                return Err(unfit("it has a memory policy of its own (mbind)"));
+            }
             match &first {
                 None => first = Some(mapped.clone()),
                 Some(first) => continues(first, &mapped).map_err(unfit)?,
@@ -202,7 +205,8 @@ fn is_on_tmpfs(path: &str) -> bool {
         .is_ok_and(|system| system.f_type as u64 == object::TMPFS_MAGIC)
 }
 
-fn is_fit(mapped: &Mapped, exclusive: bool) -> Result<(), &'static str> {
+/// Whether a mapping is memory that could be opted in, and why not, as far as smaps tells (memory policies are not in it).
+pub(crate) fn is_fit(mapped: &Mapped, exclusive: bool) -> Result<(), &'static str> {
     if mapped.inode != 0 && !mapped.shared {
         return Err("it is a private mapping of a file; copy it with ksmrs.array()");
     }
@@ -221,9 +225,6 @@ fn is_fit(mapped: &Mapped, exclusive: bool) -> Result<(), &'static str> {
     }
     if mapped.protection_key != 0 {
         return Err("it has a protection key");
-    }
-    if has_memory_policy(mapped.range.start) {
-        return Err("it has a memory policy of its own (mbind)");
     }
     match REFUSED.iter().find(|(flag, _)| mapped.has(flag)) {
         Some((_, reason)) => Err(reason),

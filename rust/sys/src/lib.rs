@@ -43,6 +43,7 @@ pub mod sigmask;
 pub mod signal;
 pub mod staging;
 pub mod store;
+pub mod survey;
 pub mod sysctl;
 pub mod tracking;
 mod watch;

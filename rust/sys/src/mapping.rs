@@ -44,6 +44,8 @@ pub(crate) struct View {
     vanishing: bool,
     /// Whether nobody wants the bytes of pages that are made plain.
     abandoned: bool,
+    /// Which 2 MiB has no huge page any more, see [`View::extent_of`]; 0 where none is known.
+    split: usize,
 }
 
 impl View {
@@ -149,6 +151,16 @@ impl View {
         }
     }
 
+    /// The same view where a 2 MiB is known to be of small pages.
+    pub(crate) fn with_split(self, split: usize) -> View {
+        View { split, ..self }
+    }
+
+    /// Which 2 MiB a page lies in, counted from address 0, where no page of a view is.
+    pub(crate) fn extent_of(&self, page: Page) -> usize {
+        self.page(page).addr() / EXTENT_SIZE
+    }
+
     /// Whether no huge page can straddle the ends of the span.
     fn covers_whole_extents(&self, span: Span) -> bool {
         let (start, bytes) = self.range(span);
@@ -162,7 +174,9 @@ impl View {
 
     /// Splits huge pages that the span covers only in part: the kernel frees nothing of them otherwise.
     fn split_huge(&self, span: Span) {
-        if self.may_split(span) {
+        let last = Page(span.end().0 - 1);
+        let split_already = [span.first, last].map(|page| self.extent_of(page)) == [self.split; 2];
+        if self.may_split(span) && !split_already {
             let (start, bytes) = self.range(span);
             // SAFETY: our view; the advice changes no content. A kernel that declines frees the memory later.
             let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxCold) };
@@ -404,6 +418,7 @@ impl Mapping {
             huge: object.is_none() && transparent_huge_pages_always(),
             vanishing: lasting.is_some(),
             abandoned: false,
+            split: 0,
         };
         if object.is_some() {
             view.home = map_home_of(view.base, bytes)?;
@@ -446,6 +461,7 @@ impl Mapping {
             huge: object.is_none() && (huge || transparent_huge_pages_always()),
             vanishing: object.is_some(),
             abandoned: false,
+            split: 0,
         };
         Ok(Mapping {
             view,

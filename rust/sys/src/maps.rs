@@ -1,4 +1,4 @@
-//! What the kernel says about a range of our addresses: its mappings with their permissions, files and flags (/proc/self/smaps).
+//! What the kernel says about addresses, ours or another process's: the mappings with their permissions, files and flags (smaps).
 //!
 //! A look, not a hold: what it tells is true until somebody maps, unmaps or advises there, so the caller must know that the
 //! range's owner keeps it. The kernel walks the pages of every mapping up to the range's end: about a millisecond per
@@ -9,7 +9,7 @@ use std::fs::File;
 use std::io::{self, BufRead, BufReader};
 use std::ops::Range;
 
-/// One mapping of this process.
+/// One mapping of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapped {
     /// Its addresses.
@@ -34,6 +34,10 @@ pub struct Mapped {
     pub flags: Vec<[u8; 2]>,
     /// Memory protection key; 0 is nobody's.
     pub protection_key: u32,
+    /// Bytes of it that have a page in RAM here.
+    pub resident: u64,
+    /// Bytes of its anonymous memory that are in swap.
+    pub swapped: u64,
 }
 
 impl Mapped {
@@ -67,10 +71,18 @@ pub fn over(range: Range<usize>) -> Result<Vec<Mapped>, SysError> {
     read(BufReader::with_capacity(1 << 16, smaps), range).map_err(|error| failed(&error))
 }
 
+/// All mappings of a process, in order, from its opened smaps; none of a process that is ending.
+///
+/// # Errors
+/// The kernel's errno.
+pub(crate) fn all(smaps: File) -> Result<Vec<Mapped>, SysError> {
+    read(BufReader::with_capacity(1 << 16, smaps), 0..usize::MAX).map_err(|error| failed(&error))
+}
+
 fn failed(error: &io::Error) -> SysError {
     SysError::Call {
         call: "read",
-        what: "/proc/self/smaps",
+        what: "smaps",
         errno: rustix::io::Errno::from_io_error(error).unwrap_or(rustix::io::Errno::IO),
     }
 }
@@ -95,6 +107,14 @@ fn read(mut smaps: impl BufRead, range: Range<usize>) -> io::Result<Vec<Mapped>>
             if let Some(last) = found.last_mut().filter(|_| inside) {
                 last.protection_key = key.trim().parse().unwrap_or(0);
             }
+        } else if let Some(size) = text.strip_prefix("Rss:") {
+            if let Some(last) = found.last_mut().filter(|_| inside) {
+                last.resident = bytes(size);
+            }
+        } else if let Some(size) = text.strip_prefix("Swap:") {
+            if let Some(last) = found.last_mut().filter(|_| inside) {
+                last.swapped = bytes(size);
+            }
         } else if let Some(mapped) = header(text) {
             if mapped.range.start >= range.end {
                 break;
@@ -106,6 +126,12 @@ fn read(mut smaps: impl BufRead, range: Range<usize>) -> io::Result<Vec<Mapped>>
         }
     }
     Ok(found)
+}
+
+/// `   48 kB` in bytes.
+fn bytes(size: &str) -> u64 {
+    let kib = size.trim().strip_suffix(" kB").and_then(|kib| kib.parse().ok());
+    kib.unwrap_or(0) << 10
 }
 
 /// `7f00-7f10 rw-p 00000000 00:00 0   [name]`; `None` for the lines between headers, which begin with a word and a colon.
@@ -135,6 +161,8 @@ fn header(line: &str) -> Option<Mapped> {
         path: fields.next().unwrap_or_default().trim_start().to_owned(),
         flags: Vec::new(),
         protection_key: 0,
+        resident: 0,
+        swapped: 0,
     })
 }
 
@@ -167,13 +195,17 @@ mod tests {
 
     #[test]
     fn paths_may_hold_anything() {
-        let text = "00400000-00452000 r-xp 00001000 08:02 173521      /usr/a dir/b - c: (deleted)\nSize: 4 kB\nVmFlags: rd ex lo\n\
+        let text = "00400000-00452000 r-xp 00001000 08:02 173521      /usr/a dir/b - c: (deleted)\nSize: 4 kB\nRss:    8 kB\nSwap:  12 kB\nSwapPss:  4 kB\nVmFlags: rd ex lo\n\
                     7f00000000-7f00001000 rw-p 00000000 00:00 0 \nVmFlags: rd wr\n";
         let found = read(text.as_bytes(), 0..usize::MAX).unwrap();
         assert_eq!(found[0].path, "/usr/a dir/b - c: (deleted)");
         assert_eq!(
             (found[0].offset, found[0].device, found[0].inode),
             (0x1000, (8, 2), 173_521)
+        );
+        assert_eq!(
+            (found[0].resident, found[0].swapped, found[1].resident),
+            (8192, 12288, 0)
         );
         assert!(found[0].has(b"lo") && found[1].path.is_empty() && found[1].writable);
         assert_eq!(read(text.as_bytes(), 0..0x40_0001).unwrap().len(), 1);

@@ -5,7 +5,7 @@
 //! The same call tells which pages were written since they were armed (`tracking.rs`), and arms them. What is learned here proves two
 //! things and nothing else: that the kernel copied a page, and that an armed page of private memory was not written through its mapping.
 
-use crate::error::SysError;
+use crate::error::{SysError, last_errno};
 use crate::mapping::View;
 use crate::object::PAGE_SIZE;
 use crate::protocol::{Kind, Memory, Page, Span};
@@ -234,6 +234,36 @@ impl Pagemap {
             }
         }
         Ok(())
+    }
+}
+
+/// The first page in RAM of a range of a process's pages, by its pagemap; `None` if there is none. `Err` where the kernel cannot tell
+/// (before 6.7).
+pub(crate) fn first_present(pagemap: &OwnedFd, pages: Range<u64>) -> Result<Option<u64>, Errno> {
+    let mut region = raw::page_region {
+        start: 0,
+        end: 0,
+        categories: 0,
+    };
+    let mut argument = raw::pm_scan_arg {
+        size: size_of::<raw::pm_scan_arg>() as u64,
+        flags: 0,
+        start: pages.start * PAGE_SIZE as u64,
+        end: pages.end * PAGE_SIZE as u64,
+        walk_end: 0,
+        vec: &raw mut region as u64,
+        vec_len: 1,
+        max_pages: 1,
+        category_inverted: 0,
+        category_mask: raw::PAGE_IS_PRESENT.into(),
+        category_anyof_mask: 0,
+        return_mask: raw::PAGE_IS_PRESENT.into(),
+    };
+    // SAFETY: the argument and the one entry it names live through the call, which arms and changes nothing.
+    match unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut argument) } {
+        0 => Ok(None),
+        found if found > 0 => Ok(Some(region.start / PAGE_SIZE as u64)),
+        _ => Err(last_errno()),
     }
 }
 

@@ -5,6 +5,7 @@
 //! A lock keeps `close` from the others' runs; the words keep everyone from each other's pages. Nothing here decides what
 //! merges, and no lock is held while a fork waits.
 
+use crate::checksum::ChecksumWord;
 use crate::error::SysError;
 use crate::foreign::{Foreign, Object};
 use crate::fork;
@@ -389,6 +390,20 @@ impl Region {
             return vec![State::Held; self.pages() as usize];
         }
         self.open(|_| self.whole().iter().map(|page| self.words.load(page).state()).collect())
+            .unwrap_or_default()
+    }
+
+    /// Pages that show a frame or, as the last scan saw them, have memory of their own: in the kernel those with an rmap_item.
+    pub fn items(&self) -> u32 {
+        let has_one = |page: &Page| match self.words.load(*page).state() {
+            State::Merged => true,
+            State::Zero | State::Held | State::Leaving => false,
+            _ => self.checksum_word(*page).load(Ordering::Relaxed) != ChecksumWord::NONE.0,
+        };
+        if !self.is_ours() {
+            return 0;
+        }
+        self.open(|_| self.whole().iter().filter(has_one).count() as u32)
             .unwrap_or_default()
     }
 

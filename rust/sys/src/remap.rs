@@ -21,6 +21,8 @@ pub struct RemapTools {
     /// Opened when it is needed; absent where the kernel refuses it.
     pagemap: Option<Pagemap>,
     testimony: Testimony,
+    /// The 2 MiB where a run merged last, so that it has no huge page any more: short runs in order ask for many splits of one.
+    split: usize,
 }
 
 impl RemapTools {
@@ -36,12 +38,18 @@ impl RemapTools {
             claims: Claims::new(),
             pagemap: None,
             testimony,
+            split: 0,
         })
     }
 
     /// Pages that were compared before they were frozen, and not again, since the kernel vouched for them.
     pub fn vouched(&self) -> u64 {
         self.testimony.vouched
+    }
+
+    /// An order begins. Before it anything may have become a huge page.
+    pub fn begin_order(&mut self) {
+        self.split = 0;
     }
 
     fn pagemap(&mut self) -> Option<&Pagemap> {
@@ -78,16 +86,14 @@ impl Region {
             }
             let mut watch = Watch::of(self.view, &self.tracking, tools.pagemap.as_ref(), &mut tools.testimony);
             let claims = &mut tools.claims;
-            protocol::merge_run(
-                &self.words,
-                &self.view,
-                run,
-                window.as_ref(),
-                &mut watch,
-                claims,
-                verdicts,
-            )
-            .map_err(SysError::call("merge", "run"))
+            let view = self.view.with_split(tools.split);
+            let merged = protocol::merge_run(&self.words, &view, run, window.as_ref(), &mut watch, claims, verdicts)
+                .map_err(SysError::call("merge", "run"));
+            let merges = &verdicts[..run.span.pages as usize];
+            if let Some(last) = merges.iter().rposition(|verdict| *verdict == Verdict::Merged) {
+                tools.split = self.view.extent_of(run.span.first.plus(last as u32));
+            }
+            merged
         })
     }
 

@@ -301,7 +301,7 @@ impl Region {
         }
     }
 
-    fn checksum_word(&self, page: Page) -> &AtomicU64 {
+    pub(crate) fn checksum_word(&self, page: Page) -> &AtomicU64 {
         &self.table.checksums()[(self.first_word + page.0) as usize]
     }
 

@@ -16,7 +16,9 @@ use crate::checksum::Checksummer;
 use crate::error::{SysError, last_errno};
 use crate::object::{self, EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
 use crate::staging::StagingView;
+use crate::window::Glass;
 use crate::word::Slot;
+use std::sync::OnceLock;
 
 const WHAT: &str = "frame store";
 /// The smallest store worth having, should RLIMIT_FSIZE allow no larger one: 64 MiB.
@@ -340,6 +342,8 @@ impl Store {
 pub struct StoreFile {
     fd: OwnedFd,
     slots: u32,
+    /// Of this very store, so that what is compared is what is mapped.
+    glass: OnceLock<Glass>,
 }
 
 impl StoreFile {
@@ -362,7 +366,31 @@ impl StoreFile {
         if flags & OFlags::RWMODE != OFlags::RDONLY {
             return Err(hostile(format!("open flags {:#x}, not O_RDONLY", flags.bits())));
         }
-        Ok(StoreFile { fd, slots })
+        Ok(StoreFile {
+            fd,
+            slots,
+            glass: OnceLock::new(),
+        })
+    }
+
+    /// Maps the whole store to look at, until [`StoreFile::take_glass_down`]: worth it for many short runs, since they need no window of
+    /// their own then. Where that is refused (RLIMIT_AS) they have windows as ever. Whether it is there now.
+    pub fn mount_glass(&self) -> bool {
+        if self.glass.get().is_none()
+            && let Ok(glass) = Glass::mount(self.as_fd(), self.slots)
+        {
+            let _ = self.glass.set(glass);
+        }
+        self.glass.get().is_some()
+    }
+
+    /// Frees the addresses and page tables that looking took.
+    pub fn take_glass_down(&mut self) {
+        drop(self.glass.take());
+    }
+
+    pub(crate) fn glass(&self) -> Option<&Glass> {
+        self.glass.get()
     }
 
     /// How many slots there are.

@@ -1,7 +1,8 @@
 //! A mapping of the frames that a run is to show: first to compare with, then, for long runs, the very mapping that moves over
-//! the pages.
+//! the pages. Many short runs look through one mapping of the whole store, the glass, for a window of its own takes a short run as
+//! long as all the rest.
 //!
-//! It relies on the store being read-only for clients and never shrinking. It never maps more than one run.
+//! It relies on the store being read-only for clients and never shrinking. A window never shows more than one run.
 
 use crate::aligned::Aligned;
 use crate::error::SysError;
@@ -26,12 +27,61 @@ pub(crate) struct Window {
     pages: u32,
     slot: Slot,
     access: ProtFlags,
-    /// The store's descriptor; whoever made the window keeps it open for as long.
+    /// The store's descriptor; whoever made the window keeps it open for as long, and its glass with it.
     store: RawFd,
     /// Which pages moved over the region: their addresses here may belong to strangers by now.
     moved: [Cell<u64>; MAX_RUN / 64],
-    /// Whether it lies in a [`Pane`], whose addresses stay reserved: nothing moves out of it.
-    in_pane: bool,
+    place: Place,
+}
+
+/// Where a window is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// In a mapping of its own, which may move.
+    Own,
+    /// In a [`Pane`], whose addresses stay reserved: nothing moves out of it.
+    Pane,
+    /// A part of the [`Glass`].
+    Glass,
+}
+
+/// The whole store, to look at. Children do not inherit it.
+pub(crate) struct Glass {
+    base: *mut c_void,
+    bytes: usize,
+}
+
+impl Glass {
+    /// Maps as many slots, from the first on.
+    pub(crate) fn mount(store: BorrowedFd<'_>, slots: u32) -> Result<Glass, Errno> {
+        let bytes = slots as usize * PAGE_SIZE;
+        // SAFETY: fresh addresses of the kernel's choice, of a store that nobody truncates; the advice is about them alone.
+        unsafe {
+            let base = rustix::mm::mmap(ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, store, 0)?;
+            let glass = Glass { base, bytes };
+            rustix::mm::madvise(base, bytes, Advice::LinuxDontFork)?;
+            Ok(glass)
+        }
+    }
+
+    fn frame(&self, slot: Slot) -> *mut c_void {
+        let offset = slot.0 as usize * PAGE_SIZE;
+        assert!(offset < self.bytes, "{slot:?} in a glass of {} bytes", self.bytes);
+        // SAFETY: inside the mapping.
+        unsafe { self.base.byte_add(offset) }
+    }
+}
+
+// SAFETY: addresses that it alone owns and that are only read; nothing in it is tied to a thread.
+unsafe impl Send for Glass {}
+// SAFETY: as above.
+unsafe impl Sync for Glass {}
+
+impl Drop for Glass {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, and no window outlives the borrow of the store that it was opened with.
+        let _ = unsafe { rustix::mm::munmap(self.base, self.bytes) };
+    }
 }
 
 /// Reserved addresses for the window of a whole extent, 2 MiB-aligned: only there can a huge frame be mapped as one.
@@ -48,7 +98,8 @@ impl Pane {
 }
 
 impl Window {
-    /// Maps `pages` frames from `slot` on, with the protection they will have in a region of this kind, and populates them.
+    /// Maps `pages` frames from `slot` on, with the protection they will have in a region of this kind, and populates them; a short
+    /// run looks through the store's glass, if it is mounted.
     pub(crate) fn open(
         store: &StoreFile,
         slot: Slot,
@@ -75,25 +126,31 @@ impl Window {
         let bytes = pages as usize * PAGE_SIZE;
         let offset = u64::from(slot.0) * PAGE_SIZE as u64;
         let fd = store.as_fd();
-        let in_pane = pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES);
-        let (place, flags) = match in_pane {
-            true => (pane.0.start(), MapFlags::PRIVATE | MapFlags::FIXED),
-            false => (ptr::null_mut(), MapFlags::PRIVATE),
-        };
-        // SAFETY: the pane is ours alone and as long as an extent, and the borrow of it keeps other windows out for as long as this
-        // one is made and used by its only caller; else fresh addresses of the kernel's choice. A private mapping of a store that
-        // nobody truncates.
-        let base = unsafe { rustix::mm::mmap(place, bytes, access, flags, fd, offset) }
-            .map_err(SysError::call("mmap", WHAT))?;
-        let window = Window {
+        let window = |base, place| Window {
             base,
             pages,
             slot,
             access,
             store: fd.as_raw_fd(),
             moved: [const { Cell::new(0) }; MAX_RUN / 64],
-            in_pane,
+            place,
         };
+        if pages < MOVE_FROM
+            && let Some(glass) = store.glass()
+        {
+            return Ok(window(glass.frame(slot), Place::Glass));
+        }
+        let (place, start, flags) = if pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES) {
+            (Place::Pane, pane.0.start(), MapFlags::PRIVATE | MapFlags::FIXED)
+        } else {
+            (Place::Own, ptr::null_mut(), MapFlags::PRIVATE)
+        };
+        // SAFETY: the pane is ours alone and as long as an extent, and the borrow of it keeps other windows out for as long as this
+        // one is made and used by its only caller; else fresh addresses of the kernel's choice. A private mapping of a store that
+        // nobody truncates.
+        let base = unsafe { rustix::mm::mmap(start, bytes, access, flags, fd, offset) }
+            .map_err(SysError::call("mmap", WHAT))?;
+        let window = window(base, place);
         // SAFETY: our fresh mapping. A failure shows as a slower comparison, or as the SIGBUS of a store without memory, which
         // filling the frames has ruled out.
         let _ = unsafe { rustix::mm::madvise(base, bytes, Advice::LinuxPopulateRead) };
@@ -126,7 +183,7 @@ impl Window {
         let slot = self.slot.plus(at);
         let whole_extent =
             pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES) && target.addr().is_multiple_of(EXTENT_SIZE);
-        if pages >= MOVE_FROM && !self.in_pane {
+        if pages >= MOVE_FROM && self.place == Place::Own {
             // SAFETY: the source is this window's own mapping, not moved yet (each page is mapped over one target only); the target
             // is the caller's promise.
             let moved = unsafe {
@@ -174,7 +231,10 @@ impl Window {
 
 impl Drop for Window {
     fn drop(&mut self) {
-        if self.in_pane {
+        if self.place == Place::Glass {
+            return;
+        }
+        if self.place == Place::Pane {
             let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
             // SAFETY: the pane's own addresses, reserved again. Should that fail, the next window replaces this one.
             let _ = unsafe { rustix::mm::mmap_anonymous(self.base, EXTENT_SIZE, ProtFlags::empty(), flags) };

@@ -45,7 +45,12 @@ pub(super) struct Mapped {
     pub(super) outcomes: Vec<RunOutcome>,
     /// Whether pages moved away from other frames, or did not take those that they were proposed.
     pub(super) gave_up: bool,
+    /// Whether the store's glass is there to look through.
+    pub(super) through_glass: bool,
 }
+
+/// Runs in an order from which on a mapping of the whole store pays: about as many windows cost more than it does.
+const WORTH_A_GLASS: usize = 64;
 
 /// The number that the broker knows a region by: its first word, which no other region has while it lives.
 pub(super) fn number(region: &Region) -> u32 {
@@ -124,9 +129,11 @@ impl Desk {
         objects: &Objects,
     ) -> Mapped {
         ksmrs_sys::take_ballast();
+        self.tools.begin_order();
         let mut mapped = Mapped {
             outcomes: Vec::with_capacity(runs.len()),
             gave_up: false,
+            through_glass: runs.len() >= WORTH_A_GLASS && store.mount_glass(),
         };
         let mut unsettled: Vec<(usize, Arc<Region>, Span)> = Vec::new();
         let has_room = self.mappings.have_room_for(runs);

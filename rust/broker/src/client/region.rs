@@ -205,6 +205,11 @@ impl Region {
         self.memory.page_states().into_iter().map(|state| state as u8).collect()
     }
 
+    /// Pages that show a frame or, as the last scan saw them, have memory.
+    pub fn items(&self) -> u32 {
+        self.memory.items()
+    }
+
     /// Ends merging for good; the memory stays, plain, with its bytes.
     ///
     /// # Errors

@@ -33,6 +33,9 @@ const UPKEEP: Duration = Duration::from_millis(50);
 /// How often it is looked whether frames of an earlier connection are still shown.
 const ANCHOR_WATCH: Duration = Duration::from_secs(5);
 
+/// How long the store's glass stays after an order that looked through it: the next one finds it, and its page tables, in place.
+const GLASS_STAYS: Duration = Duration::from_millis(100);
+
 /// Begins this process's client: starts the thread and returns what program threads need of it.
 pub(super) fn begin(
     options: ConnectOptions,
@@ -97,6 +100,8 @@ struct Remapper {
     anchors: Vec<(StoreNumber, LifePage)>,
     /// When they were last looked through.
     weighed: Option<Instant>,
+    /// When the store's glass is taken down.
+    glass_until: Option<Instant>,
     birth: Birth,
     /// Who children are born of now, and where they find that and whether a broker is wanted.
     lineage: Option<Lineage>,
@@ -145,6 +150,7 @@ impl Remapper {
             unasked: Vec::new(),
             anchors: Vec::new(),
             weighed: None,
+            glass_until: None,
             birth: Birth::default(),
             lineage: None,
             bequest,
@@ -162,7 +168,7 @@ impl Remapper {
                 .and_then(|session| session.turn_again.map(|(at, _)| at));
             let connected = self.ready().is_some();
             let objects = self.objects.due(connected);
-            let until = [self.try_again, upkeep, weigh, turn, objects]
+            let until = [self.try_again, upkeep, weigh, turn, objects, self.glass_until]
                 .into_iter()
                 .flatten()
                 .min();
@@ -178,11 +184,21 @@ impl Remapper {
             if self.desk.needs_upkeep() {
                 self.desk.upkeep();
             }
+            self.tidy_glass();
             self.tend_objects();
             self.weigh_anchors();
             self.bequeath();
             let turned = self.ready().map_or(Ok(()), Session::turn_if_due);
             self.check(turned);
+        }
+    }
+
+    fn tidy_glass(&mut self) {
+        if self.glass_until.is_some_and(|until| until <= Instant::now()) {
+            self.glass_until = None;
+            if let Some((_, store)) = self.session.as_mut().and_then(|session| session.store.as_mut()) {
+                store.take_glass_down();
+            }
         }
     }
 
@@ -479,6 +495,9 @@ impl Remapper {
             return Ok(());
         };
         let done = self.desk.map(runs, split, (*number, store), &self.objects);
+        if done.through_glass {
+            self.glass_until = Some(Instant::now() + GLASS_STAYS);
+        }
         let report = ToBroker::Mapped {
             order,
             outcomes: done.outcomes,

@@ -128,6 +128,8 @@ pub struct World {
     pub runs: Vec<Run>,
     /// Scan orders, ever.
     pub scans: usize,
+    /// The node that each frame's memory was asked for on.
+    filled_on: BTreeMap<Slot, Option<u8>>,
     /// Frames copied, ever.
     pub moves: usize,
     /// At most so many at once.
@@ -151,6 +153,7 @@ impl World {
             store: vec![None; slots as usize],
             runs: Vec::new(),
             scans: 0,
+            filled_on: BTreeMap::new(),
             moves: 0,
             largest_move: 0,
             disk_trouble: true,
@@ -275,13 +278,20 @@ impl World {
         }
     }
 
-    /// The nodes of the frames that the client's pages show, in the order of the pages.
+    /// The nodes of the frames that the client's pages show, in the order of the pages; they got their memory there.
     pub fn nodes_shown(&self, id: ClientId) -> Vec<Option<u8>> {
         let pages = self.processes[&id].pages.values();
         let shown = pages.filter(|page| matches!(page.word, Word::Merged(_)));
         shown
             .filter_map(Page::slot)
-            .map(|slot| self.core.node_of(slot))
+            .map(|slot| {
+                let node = self.core.node_of(slot);
+                assert_eq!(
+                    self.filled_on[&slot], node,
+                    "{slot:?} is of another node than its memory"
+                );
+                node
+            })
             .collect()
     }
 

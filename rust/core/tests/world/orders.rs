@@ -264,6 +264,7 @@ impl World {
                 "{to:?} is filled while it has a content"
             );
             assert_eq!(mapped.get(&to), None, "{to:?} is filled under a page");
+            self.filled_on.insert(to, self.core.node_of(from));
             let content = self.store[from.0 as usize].expect("a frame that moves has a content");
             if self.disk_trouble && self.roll(16) == 0 {
                 checksums.push(None);
@@ -288,6 +289,7 @@ impl World {
                     "{slot:?} is filled while it has a content"
                 );
                 assert_eq!(mapped.get(&slot), None, "{slot:?} is filled under a page");
+                self.filled_on.insert(slot, fill.node);
                 let content = copies[usize::from(fill.staging_index + i)].expect("only copied pages are filled");
                 if self.disk_trouble && self.roll(16) == 0 {
                     checksums.push(None);

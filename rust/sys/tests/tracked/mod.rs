@@ -192,7 +192,7 @@ pub fn writes_while_scanning(kind: Kind) -> u32 {
 /// A store whose frames hold what [`Tracked::fill`] writes, page for page.
 pub struct Frames {
     store: Store,
-    file: StoreFile,
+    pub file: StoreFile,
     pub tools: RemapTools,
 }
 
