@@ -47,7 +47,7 @@ SCENARIOS = {
     "merge_arrays": Scenario("merge_equal.py", ("--arrays",), ("--arrays", "--mb", "8", "--rounds", "1")),
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
-    "break_private": Scenario("break_private.py", (), ("--mb", "4", "--rounds", "1")),
+    "first_write": Scenario("first_write.py", (), ("--mb", "4", "--rounds", "1")),
     "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
     "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),
     "application": Scenario("application.py", (), ("--mb", "8", "--seconds", "0.5", "--rounds", "1")),
@@ -184,6 +184,24 @@ def application(result: dict[str, Any]) -> list[Row]:
     return found
 
 
+def first_write(result: dict[str, Any]) -> list[Row]:
+    """Of all pages by one call, against the targets; of each page alone, percentiles."""
+    found = []
+    targets = {"in order": (1.0, 1.3), "at random": (1.0, 4.0)}
+    for order, figures in result["nanoseconds_per_page"].items():
+        row = Row(f"first write to a merged page, {order}", "ns a page", None, figures.get("kernel"))
+        row.private, row.shared = figures["private"], figures["shared"]
+        ratio = result["ratio_to_kernel"].get(order, {})
+        row.ratio_private, row.ratio_shared = ratio.get("private"), ratio.get("shared")
+        row.target_private, row.target_shared = targets[order]
+        found.append(row)
+        for at in ("p50", "p99", "p99.9"):
+            single = {kind: latency[at] for kind, latency in result["microseconds"][order].items()}
+            work = f"one first write, {order}, {at} (to unmerged memory {single['unmerged']:.2f})"
+            found.append(Row(work, "us", None, single.get("kernel"), single["private"], single["shared"]))
+    return found
+
+
 def unique(result: dict[str, Any]) -> list[Row]:
     found = []
     figures, ratios = result["figures"], result["cpu_ratio_to_kernel"]
@@ -230,20 +248,8 @@ def rows(results: dict[str, Any]) -> list[Row]:
             value = {kind: figures[name] for kind, figures in result["figures"].items()}
             work = f"until 90 % is saved, default settings: {result['processes']} x {result['mb']} MiB"
             found.append(Row(work, unit, value.get("kernel"), None, value["private"], value["shared"]))
-    if "break_private" in results:
-        result = results["break_private"]
-        for order, figures in result["nanoseconds_per_page"].items():
-            ratio = result["ratio_to_kernel"].get(order)
-            found.append(
-                Row(
-                    f"first write to a merged page, {order}",
-                    "ns a page",
-                    kernel_maximum=figures.get("kernel"),
-                    private=figures["ksmrs"],
-                    ratio_private=ratio,
-                    target_private=1.0,
-                )
-            )
+    if "first_write" in results:
+        found += first_write(results["first_write"])
     if "growth" in results:
         found += growth(results["growth"])
     if "read_merged" in results:

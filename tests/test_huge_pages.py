@@ -123,8 +123,8 @@ IN_THE_BACKGROUND = """
     # Nobody asks for a merge, and no window is looked at half written: batches of the default size do it.
     ksmrs.tunables.run = 1
     wait_for(lambda: ksmrs.process_stats().ksm_merging_pages == 2 * size // 4096, "merging in the background", 60)
-    whole = ksmrs.stats().frames_huge
-    assert whole == size >> 21, whole
+    stats = ksmrs.stats()
+    assert stats.frames_huge + stats.frames_huge_declined == size >> 21, stats
     for region in regions:
         assert (region.array(np.uint8, size) == content).all()
     if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
@@ -134,3 +134,35 @@ IN_THE_BACKGROUND = """
 
 def test_batches_leave_windows_whole() -> None:
     run(IN_THE_BACKGROUND)
+
+
+DECLINED = """
+    import ctypes, platform, struct
+    # What a kernel without huge pages or without 2 MiB in one piece does: madvise(MADV_COLLAPSE) is ENOMEM. x86-64, aarch64.
+    number = {"x86_64": 28, "aarch64": 233}[platform.machine()]
+    filters = struct.pack(
+        "HBBI" * 6,
+        0x20, 0, 0, 0,  # the call's number
+        0x15, 0, 3, number,
+        0x20, 0, 0, 32,  # its third argument
+        0x15, 0, 1, 25,
+        0x06, 0, 0, 0x00050000 | 12,
+        0x06, 0, 0, 0x7FFF0000,
+    )
+    buffer = ctypes.create_string_buffer(filters)
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 6, ctypes.addressof(buffer)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0, ctypes.get_errno()
+    ksmrs.connect(embedded=True)
+    regions, content = equal_regions(1024)
+    wait_merged(2048, *regions)
+    stats = ksmrs.stats()
+    assert (stats.frames, stats.frames_huge, stats.frames_huge_declined) == (1024, 0, 2), stats
+    status = ksmrs._ksmrs.status()
+    assert "MADV_COLLAPSE" in status["huge_declined"], status
+    assert all((region.array(np.uint8, content.size) == content).all() for region in regions)
+"""
+
+
+def test_what_does_not_become_huge_is_counted_with_the_reason() -> None:
+    run(DECLINED)

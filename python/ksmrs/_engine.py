@@ -53,7 +53,9 @@ class Stats:
     frames: int = 0
     """Frames in use."""
     frames_huge: int = 0
-    """Extents of frames that were filled whole, as huge pages where the kernel agrees."""
+    """Extents of frames that were filled whole, as huge pages, and still are."""
+    frames_huge_declined: int = 0
+    """Extents of frames that were filled whole and that the kernel did not make huge pages, ever; `ksmrs status` says why."""
     regions: int = 0
     """Regions opted in, over all clients."""
     clients: int = 0

@@ -175,6 +175,27 @@ def survey(  # noqa: PLR0917 (an argument for each option)
     _survey_main.processes(list(pids), children, wishes)
 
 
+@main.command("map")
+@click.argument("png", type=click.Path(dir_okay=False, path_type=Path))
+def draw_map(png: Path) -> None:
+    """Write a picture of all regions of all clients to the file PNG: a pixel for each page, coloured by what it counts as."""
+    from ksmrs import _page_map  # noqa: PLC0415 (NumPy and Pillow, for this command only)
+
+    found = _page_map.domain_map()
+    if not found:
+        click.echo("no region to draw: no broker is running, or nobody opted memory in", err=True)
+        sys.exit(1)
+    try:
+        _page_map.draw_regions(found).save(png, format="PNG")
+    except ImportError as missing:
+        raise click.ClickException(str(missing)) from missing
+    except OSError as refused:
+        raise click.ClickException(f"{png}: {refused.strerror}") from refused
+    clients = len({region.client for region in found})
+    pages = sum(len(region.classes) for region in found)
+    click.echo(f"{png}: {pages:,} pages of {len(found)} regions of {clients} clients")
+
+
 @main.command("set")
 @click.argument("assignment", metavar="KNOB=VALUE")
 def set_knob(assignment: str) -> None:

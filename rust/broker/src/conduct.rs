@@ -24,7 +24,9 @@ use crate::domain::Domain;
 use crate::objects::Objects;
 use crate::offence::Offence;
 use crate::session::{Phase, Session};
-use crate::wire::{Answer, BORN, BrokerEnd, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient};
+use crate::wire::{
+    Answer, BORN, BrokerEnd, MAX_TEXT, Message, Object, Question, ReceiveBuffer, Status, ToBroker, ToClient,
+};
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -310,16 +312,9 @@ impl Conductor {
             let born = born.and_then(|born| self.lineage(&domain, &born));
             return self.hello(id, &release, domain, pid, &stores, born);
         }
-        let status = if matches!(
-            message,
-            ToBroker::Ask {
-                question: Question::Status,
-                ..
-            }
-        ) {
-            Some(self.status())
-        } else {
-            None
+        let of_all = match &message {
+            ToBroker::Ask { question, .. } => self.answer_of_all(id, question),
+            _ => None,
         };
         let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
@@ -340,20 +335,10 @@ impl Conductor {
             ToBroker::Life { epoch } => session.take_life(epoch, fd.ok_or_else(missing)?, now),
             ToBroker::Table { pages } => session.take_table(pages, &fd.ok_or_else(missing)?),
             ToBroker::Staging => session.take_staging(&fd.ok_or_else(missing)?),
-            ToBroker::Ask {
-                id,
-                question: Question::Status,
-            } => match status {
-                Some(status) => session.send(
-                    &ToClient::Answer {
-                        id,
-                        answer: Answer::Status(status),
-                    },
-                    None,
-                ),
-                None => Ok(()),
+            ToBroker::Ask { id, question } => match of_all {
+                Some(answer) => session.send(&ToClient::Answer { id, answer }, None),
+                None => domain.ask(session, id, question, now),
             },
-            ToBroker::Ask { id, question } => domain.ask(session, id, question, now),
             ToBroker::Bye { reason } => {
                 tracing::info!(client = id, reason, "client says bye");
                 Ok(())
@@ -413,6 +398,20 @@ impl Conductor {
         }
     }
 
+    /// Answers what needs more than the session that asks.
+    fn answer_of_all(&self, asker: u32, question: &Question) -> Option<Answer> {
+        match question {
+            Question::Status => Some(Answer::Status(self.status())),
+            Question::PageMap { from } => {
+                let domain = self.domains.get(self.sessions.get(&asker)?.domain.as_ref()?)?;
+                // Who left without its regions ending is not in `sessions` any more.
+                let pid_of = |client: ClientId| self.sessions.get(&client.0).map_or(0, |found| found.credentials.pid);
+                Some(domain.page_map(*from, pid_of))
+            }
+            _ => None,
+        }
+    }
+
     fn status(&self) -> Status {
         let embedded = self.listener.is_none();
         let clock = if embedded {
@@ -421,6 +420,8 @@ impl Conductor {
             rustix::time::ClockId::ProcessCPUTime
         };
         let cpu = rustix::time::clock_gettime(clock);
+        let declined = self.domains.values().find_map(|domain| domain.huge_declined.as_ref());
+        let huge_declined = declined.map(|error| error.to_string().chars().take(MAX_TEXT / 4).collect());
         let stores = self.domains.values().filter_map(|domain| domain.store.allocated().ok());
         Status {
             pid: std::process::id(),
@@ -436,6 +437,7 @@ impl Conductor {
             store_bytes: stores.sum(),
             cpu_ms: cpu.tv_sec as u64 * 1000 + cpu.tv_nsec as u64 / 1_000_000,
             embedded,
+            huge_declined,
         }
     }
 }

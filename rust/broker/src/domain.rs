@@ -51,6 +51,8 @@ pub(crate) struct Domain {
     pub(crate) checksummer: Checksummer,
     pub(crate) merges: Vec<PendingMerge>,
     pub(crate) sweep: Sweep,
+    /// Why an extent last did not become a huge page.
+    pub(crate) huge_declined: Option<SysError>,
     orders: HashMap<OrderId, (ClientId, Task)>,
     /// Regions by their first page number.
     regions: BTreeMap<PageNumber, Seat>,
@@ -73,6 +75,7 @@ impl Domain {
             checksummer,
             merges: Vec::new(),
             sweep: Sweep::default(),
+            huge_declined: None,
             orders: HashMap::new(),
             regions: BTreeMap::new(),
         })

@@ -57,10 +57,12 @@ impl Domain {
     }
 
     /// Frames that are about to be written: one huge page if they are a whole extent.
-    fn make_huge(&self, slot: ksmrs_sys::Slot, pages: u32) {
+    fn make_huge(&mut self, slot: ksmrs_sys::Slot, pages: u32) {
         let whole = pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES);
-        if whole && !self.store.make_huge(slot) {
-            tracing::debug!(domain = self.name, ?slot, "the extent stays small");
+        if whole && let Err(declined) = self.store.make_huge(slot) {
+            tracing::debug!(domain = self.name, ?slot, %declined, "the extent stays small");
+            self.core.stays_small(Slot(slot.0));
+            self.huge_declined = Some(declined);
         }
     }
 

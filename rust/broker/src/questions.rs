@@ -4,12 +4,12 @@
 
 use std::time::Duration;
 
-use ksmrs_core::{ClientId, MergeTicket, TunableError, Tunables};
+use ksmrs_core::{ClientId, Kind, MergeTicket, PageNumber, TunableError, Tunables};
 
 use crate::domain::Domain;
 use crate::offence::Offence;
 use crate::session::Session;
-use crate::wire::{Answer, Counters, ErrorCode, MergeReport, Question, ToClient};
+use crate::wire::{Answer, Counters, ErrorCode, MAX_STRETCHES, MergeReport, Question, Stretch, ToClient};
 
 /// Merges on request that one client may have open.
 const MAX_MERGES: usize = 64;
@@ -42,7 +42,7 @@ impl Domain {
         let stats = self.core.stats();
         let mut counters: Counters = counters!(stats; pages_shared, pages_sharing, pages_unshared, pages_volatile,
             pages_skipped, pages_scanned, full_scans, stable_node_chains, stable_node_dups, ksm_zero_pages, cow_ksm, frames,
-            frames_huge, saved_bytes, regions, clients, clients_unplanned, pages_proposed, merges, pages_migrated,
+            frames_huge, frames_huge_declined, saved_bytes, regions, clients, clients_unplanned, pages_proposed, merges, pages_migrated,
             pages_unmerged_by_budget, pages_unmerged_in_huge_pages, regions_rested, pages_disbelieved, references_in_limbo);
         counters.push(("general_profit".to_owned(), stats.general_profit));
         counters.push(("pages_to_scan".to_owned(), self.core.tunables().pages_to_scan.into()));
@@ -60,7 +60,25 @@ impl Domain {
         counters
     }
 
-    /// Answers everything but [`Question::Status`], which is not the domain's to answer.
+    /// What pages count as from one on; who their clients are the caller knows.
+    pub(crate) fn page_map(&self, from: u32, pid_of: impl Fn(ClientId) -> u32) -> Answer {
+        let (stretches, next) = self.core.page_map(PageNumber(from), MAX_STRETCHES);
+        let stretch = |found: ksmrs_core::Stretch| Stretch {
+            pid: pid_of(found.client),
+            client: found.client.0,
+            region: found.region.0,
+            shared: found.kind == Kind::Shared,
+            first: found.first,
+            pages: found.pages,
+            class: found.class as u8,
+        };
+        Answer::PageMap {
+            stretches: stretches.into_iter().map(stretch).collect(),
+            next: next.map(|page| page.0),
+        }
+    }
+
+    /// Answers everything but [`Question::Status`] and [`Question::PageMap`], which are about all sessions.
     pub(crate) fn ask(
         &mut self,
         session: &mut Session,
@@ -88,7 +106,7 @@ impl Domain {
                 set.map(|()| Answer::Set)
             }
             Question::Merge { timeout_ms } => return self.begin_merge(session, id, timeout_ms, now),
-            Question::Status => return Ok(()),
+            Question::Status | Question::PageMap { .. } => return Ok(()),
         };
         let message = match answer {
             Ok(answer) => ToClient::Answer { id, answer },

@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 pub use message::*;
 
 /// Raised with every change that an older peer could misread. It is part of the socket's name too.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 /// The longest datagram.
 pub const MAX_DATAGRAM: usize = 64 * 1024;
 /// Runs or ranges in one order: 2048 runs take 26 KiB at most.
@@ -31,6 +31,8 @@ pub const MAX_RUNS: usize = 2048;
 pub const MAX_ORDER_PAGES: u32 = 1 << 18;
 /// Pages in one run, and in one Stage: an extent.
 pub const MAX_RUN_PAGES: u16 = 512;
+/// Stretches of one page map: what fits a datagram.
+pub const MAX_STRETCHES: usize = 2048;
 /// Bytes of a name, a knob, a value or a reason.
 pub const MAX_TEXT: usize = 1024;
 

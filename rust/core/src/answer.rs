@@ -333,6 +333,12 @@ impl Core {
         fills
     }
 
+    /// An extent that is about to be written whole did not become one huge page.
+    pub fn stays_small(&mut self, first: Slot) {
+        self.rmap.frames.set_small(first);
+        self.events.huge_declined += 1;
+    }
+
     /// Whether a frame that was written holds what was expected; its checksum has no node in it.
     pub(crate) fn is_of(&self, found: Option<Checksum>, expected: Option<Checksum>) -> bool {
         let content = |checksum: Checksum| checksum.content(self.tunables.nodes_count());

@@ -52,7 +52,7 @@ struct Extent {
     parts: [Option<Box<[Frame; PART]>>; WINDOW as usize / PART],
     free: [u64; WINDOW as usize / 64],
     free_count: u32,
-    /// Filled as a whole since it was fresh: the store may back it with one huge page.
+    /// Filled as a whole since it was fresh, as one huge page unless whoever fills it said otherwise.
     huge: bool,
 }
 
@@ -300,6 +300,14 @@ impl Frames {
         if let Some(extent) = self.extents[slot.extent() as usize].as_mut() {
             self.huge += u32::from(!extent.huge);
             extent.huge = true;
+        }
+    }
+
+    /// The kernel declined to make this extent one huge page.
+    pub(crate) fn set_small(&mut self, slot: Slot) {
+        if let Some(extent) = self.extents[slot.extent() as usize].as_mut() {
+            self.huge -= u32::from(extent.huge);
+            extent.huge = false;
         }
     }
 

@@ -25,6 +25,7 @@ pub mod mutant;
 mod order;
 mod pace;
 mod page;
+mod page_map;
 mod plan;
 mod record;
 mod region;
@@ -46,6 +47,7 @@ pub use member::CoreError;
 pub use order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_RUNS, MAX_SCAN_PAGES, MAX_STAGE_PAGES, OrderId, Why};
 pub use pace::{MergeReport, MergeTicket};
 pub use page::{PageNumber, PageRange, Run, WINDOW};
+pub use page_map::{Class, Stretch};
 pub use region::{ClientId, Kind, RegionId};
 pub use stats::{METADATA_PER_PAGE, PAGE_SIZE, ProcessStats, Stats};
 pub use tunables::{AdvisorMode, TunableError, Tunables};
@@ -223,6 +225,7 @@ impl Core {
             cow_ksm: events.cow,
             frames: u64::from(self.rmap.frames.filled),
             frames_huge: u64::from(self.rmap.frames.huge),
+            frames_huge_declined: events.huge_declined,
             saved_bytes: (pages_sharing + events.zero) * PAGE_SIZE,
             regions: self.regions.private + self.regions.shared,
             regions_shared: self.regions.shared,

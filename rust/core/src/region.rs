@@ -229,6 +229,18 @@ impl Regions {
         (page.0 - range.first.0 < range.pages).then_some(id)
     }
 
+    /// The regions that have not left and end behind a page, in the order of their pages.
+    pub(crate) fn from(&self, page: PageNumber) -> impl Iterator<Item = (RegionId, &Region)> {
+        let first = self
+            .by_first
+            .range(..=page.0)
+            .next_back()
+            .map_or(page.0, |(&first, _)| first);
+        let ids = self.by_first.range(first..).map(|(_, &id)| id);
+        ids.filter_map(|id| Some((id, self.get(id)?)))
+            .filter(move |(_, region)| page.0 < region.range.first.0 + region.range.pages)
+    }
+
     /// The region that a page belongs to, unless it left.
     pub(crate) fn of(&self, page: PageNumber) -> Option<&Region> {
         self.get(self.id_of(page)?)

@@ -40,8 +40,10 @@ pub struct Stats {
     pub cow_ksm: u64,
     /// Frames with memory.
     pub frames: u64,
-    /// Extents that were filled whole and still are.
+    /// Extents that were filled whole, as huge pages, and still are.
     pub frames_huge: u64,
+    /// Extents that were filled whole and did not become huge pages, ever.
+    pub frames_huge_declined: u64,
     /// Bytes saved, metadata not counted.
     pub saved_bytes: u64,
     /// Regions opted in.
@@ -94,6 +96,7 @@ pub(crate) struct Events {
     pub migrated: u64,
     pub over_budget: u64,
     pub would_split: u64,
+    pub huge_declined: u64,
     pub disbelieved: u64,
     pub rests: u64,
     /// Pages marked Unshared.

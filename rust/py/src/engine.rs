@@ -11,7 +11,7 @@ use ksmrs_broker::BrokerOptions;
 use ksmrs_broker::client::{self, ConnectOptions};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use pyo3::types::{IntoPyDict, PyDict};
+use pyo3::types::{IntoPyDict, PyBytes, PyDict};
 
 use crate::error::IntoPython;
 
@@ -108,7 +108,22 @@ pub fn status(py: Python<'_>) -> PyResult<Option<Bound<'_, PyDict>>> {
     dictionary.set_item("cpu_seconds", status.cpu_ms as f64 / 1e3)?;
     dictionary.set_item("resident_bytes", status.resident_bytes)?;
     dictionary.set_item("store_bytes", status.store_bytes)?;
+    dictionary.set_item("huge_declined", status.huge_declined)?;
     Ok(Some(dictionary))
+}
+
+/// Process, client, region, whether that is shared memory, and a class for each page.
+type RegionMap<'py> = (u32, u32, u32, bool, Bound<'py, PyBytes>);
+
+/// What the pages of all regions of the domain count as; never starts a broker.
+#[pyfunction]
+pub fn page_map(py: Python<'_>) -> PyResult<Vec<RegionMap<'_>>> {
+    let regions = py.detach(client::page_map).into_python(py)?;
+    let region = |found: client::RegionMap| {
+        let classes = PyBytes::new(py, &found.classes);
+        (found.pid, found.client, found.region, found.shared, classes)
+    };
+    Ok(regions.into_iter().map(region).collect())
 }
 
 /// A knob's value, as the file of that name would hold it.

@@ -52,8 +52,8 @@ mod _ksmrs {
     use super::buffer::{adopt, extent};
     #[pymodule_export]
     use super::engine::{
-        born, configure, connect, dirty_tracking, disconnect, get, is_connected, merge, not_merging, process_stats,
-        reassert_handler, run_broker, set, stats, status,
+        born, configure, connect, dirty_tracking, disconnect, get, is_connected, merge, not_merging, page_map,
+        process_stats, reassert_handler, run_broker, set, stats, status,
     };
     #[pymodule_export]
     use super::region::{Pin, Region, advise, pin};

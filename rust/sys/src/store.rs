@@ -246,17 +246,18 @@ impl Store {
         Ok(filled)
     }
 
-    /// Makes the empty extent that starts at `slot` one huge page, to be filled whole right away. Whether it became one.
+    /// Makes the empty extent that starts at `slot` one huge page, to be filled whole right away.
     ///
     /// One byte is written first, for the kernel does not collapse a wholly empty extent. Where it declines (no memory in one
     /// piece, no huge pages) the extent stays what it was, and filling works all the same.
-    pub fn make_huge(&self, slot: Slot) -> bool {
+    ///
+    /// # Errors
+    /// Why it did not become one.
+    pub fn make_huge(&self, slot: Slot) -> Result<(), SysError> {
         self.check(slot, EXTENT_PAGES);
         assert!(slot.0.is_multiple_of(EXTENT_PAGES), "{slot:?} does not start an extent");
-        if rustix::io::pwrite(&self.fd, &[0], offset_of(slot)) != Ok(1) {
-            return false;
-        }
-        self.collapse(slot).is_ok()
+        rustix::io::pwrite(&self.fd, &[0], offset_of(slot)).map_err(SysError::call("pwrite", WHAT))?;
+        self.collapse(slot)
     }
 
     fn collapse(&self, slot: Slot) -> Result<(), SysError> {
@@ -461,8 +462,7 @@ mod tests {
         for index in 0..EXTENT_PAGES {
             staging.write_page(index, &[index as u8 | 1; PAGE_SIZE]);
         }
-        let huge = store.make_huge(Slot(512));
-        if huge {
+        if store.make_huge(Slot(512)).is_ok() {
             assert_eq!(store.allocated().unwrap(), EXTENT_SIZE as u64);
         }
         store.fill(Slot(512), &view, 0, EXTENT_PAGES).unwrap();

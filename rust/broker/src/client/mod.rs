@@ -18,6 +18,7 @@ mod mailbox;
 mod mappings;
 mod objects;
 mod orders;
+mod page_map;
 mod query;
 mod region;
 mod remapper;
@@ -44,6 +45,7 @@ pub use born::{born, expect_births};
 pub use heap::{Fresh, Held, arena_at, begin_heap, end_heap, free, held, lend, lent, resize};
 pub use ksmrs_sys::SysError;
 pub use ksmrs_sys::foreign::Foreign;
+pub use page_map::{RegionMap, page_map};
 pub use region::Region;
 
 /// How often a waiting program thread looks whether it was interrupted (Ctrl-C).

@@ -5,7 +5,8 @@
 use ksmrs_sys::PAGE_SIZE;
 
 use super::{
-    Bits, MAX_ORDER_PAGES, MAX_RUN_PAGES, MAX_RUNS, MAX_TEXT, Message, Question, Range, ToBroker, ToClient, WireError,
+    Answer, Bits, MAX_ORDER_PAGES, MAX_RUN_PAGES, MAX_RUNS, MAX_STRETCHES, MAX_TEXT, Message, Question, Range,
+    ToBroker, ToClient, WireError,
 };
 
 fn limit(what: &'static str, found: usize, limit: usize) -> Result<(), WireError> {
@@ -153,6 +154,10 @@ impl Message for ToClient {
             }
             ToClient::Refused { reason, .. } | ToClient::Bye { reason } => text(reason),
             ToClient::Error { text: words, .. } => text(words),
+            ToClient::Answer {
+                answer: Answer::PageMap { stretches, .. },
+                ..
+            } => limit("stretches of a page map", stretches.len(), MAX_STRETCHES),
             _ => Ok(()),
         }
     }

@@ -202,6 +202,11 @@ pub enum Question {
     },
     /// How the broker is.
     Status,
+    /// What the domain's pages count as.
+    PageMap {
+        /// The page to go on with, as the last answer named it; 0 to begin.
+        from: u32,
+    },
 }
 
 /// Named counters, in the order in which they are shown.
@@ -228,6 +233,27 @@ pub struct Status {
     pub cpu_ms: u64,
     /// Whether it runs inside a client.
     pub embedded: bool,
+    /// Why an extent of frames last did not become a huge page; `None` where each did.
+    pub huge_declined: Option<String>,
+}
+
+/// Neighbouring pages of one region that count as one class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stretch {
+    /// The client's process as the broker sees it, 0 where it cannot.
+    pub pid: u32,
+    /// The client's number.
+    pub client: u32,
+    /// The region's number in the domain.
+    pub region: u32,
+    /// Whether that is shared memory.
+    pub shared: bool,
+    /// The first page, counted from the region's.
+    pub first: u32,
+    /// How many.
+    pub pages: u32,
+    /// As `ksmrs_core::Class` numbers them.
+    pub class: u8,
 }
 
 /// What a requested merge did.
@@ -260,6 +286,13 @@ pub enum Answer {
     Merged(MergeReport),
     /// How the broker is.
     Status(Status),
+    /// What pages count as, and the page to go on with.
+    PageMap {
+        /// At most [`MAX_STRETCHES`](super::MAX_STRETCHES).
+        stretches: Vec<Stretch>,
+        /// `None` at the end.
+        next: Option<u32>,
+    },
 }
 
 /// Why a question got no answer.

@@ -9,8 +9,8 @@ mod born;
 mod orders;
 
 use ksmrs_core::{
-    Checksum, ClientId, Core, Decision, Epoch, Kind, MergeTicket, Next, Observation, OrderId, PageNumber, PageRange,
-    RegionId, Run, RunFailure, RunOutcome, Seen, Slot,
+    Checksum, Class, ClientId, Core, Decision, Epoch, Kind, MergeTicket, Next, Observation, OrderId, PageNumber,
+    PageRange, RegionId, Run, RunFailure, RunOutcome, Seen, Slot,
 };
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -460,6 +460,38 @@ impl World {
         assert_eq!(stats.pages_shared, shown.len() as u64, "{stats:?}");
         assert_eq!(stats.ksm_zero_pages, zero, "{stats:?}");
         assert_eq!(stats.frames, self.store.iter().flatten().count() as u64, "{stats:?}");
+        self.check_page_map();
+    }
+
+    /// Every page is on the map once, however many calls that takes, and the classes add up to the counters.
+    fn check_page_map(&self) {
+        let mut map: BTreeMap<RegionId, Vec<Class>> = BTreeMap::new();
+        for most in [1, 7, usize::MAX] {
+            map.clear();
+            let mut from = Some(PageNumber(0));
+            while let Some(page) = from {
+                let (stretches, next) = self.core.page_map(page, most);
+                for stretch in stretches {
+                    let classes = map.entry(stretch.region).or_default();
+                    assert_eq!(classes.len(), stretch.first as usize, "{stretch:?}");
+                    classes.resize(classes.len() + stretch.pages as usize, stretch.class);
+                }
+                from = next;
+            }
+            let pages = map.values().map(Vec::len).sum::<usize>();
+            let there = self.processes.values().flat_map(|process| process.pages.values());
+            assert_eq!(pages, there.count());
+        }
+        let count = |class: Class| map.values().flatten().filter(|found| **found == class).count() as u64;
+        let stats = self.core.stats();
+        assert_eq!(
+            count(Class::Merged),
+            stats.pages_shared + stats.pages_sharing,
+            "{stats:?}"
+        );
+        assert_eq!(count(Class::Zero), stats.ksm_zero_pages, "{stats:?}");
+        assert_eq!(count(Class::Unshared), stats.pages_unshared, "{stats:?}");
+        assert_eq!(count(Class::Volatile), stats.pages_volatile, "{stats:?}");
     }
 
     /// The naive model: pages of one content are merged, all of them, except where checksums collide; while nodes count, pages of one
