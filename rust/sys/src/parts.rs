@@ -7,6 +7,7 @@
 
 use crate::ballast;
 use crate::error::SysError;
+use crate::failpoint::{self, Failpoint};
 use crate::holds::{Holds, remove_range};
 use crate::in_use::Alone;
 use crate::in_use::InUse;
@@ -110,6 +111,7 @@ impl Region {
     }
 
     fn open_pages_alone(&self, parts: &Parts, holds: Option<&Holds>, span: Span) {
+        failpoint::hit(Failpoint::BlockOpens);
         parts.set(span, true);
         let none = Holds::default();
         let mut at = span.first;

@@ -33,6 +33,7 @@ impl RemapTools {
     pub fn new() -> Result<RemapTools, SysError> {
         let mut testimony = Testimony::default();
         testimony.written.reset(MAX_RUN as u32);
+        testimony.armed.reset(MAX_RUN as u32);
         Ok(RemapTools {
             pane: Pane::reserve()?,
             claims: Claims::new(),
