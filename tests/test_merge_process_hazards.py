@@ -69,6 +69,33 @@ def test_where_no_arena_fits_numpys_own_memory_serves() -> None:
     )
 
 
+def test_no_room_for_the_tables_of_an_arena_is_no_end() -> None:
+    program(
+        """
+        import ctypes, resource
+        ctypes.CDLL(None).mallopt(-8, 1)  # one arena of its own, else the C library has room elsewhere
+        ksmrs.merge_process(True)
+        np.ones(MIB, np.uint8)
+        lent = []
+        # From room for neither, over room for the memory and not for its tables (8 MiB each), to room for all.
+        for room in range(28):
+            pid = os.fork()
+            if pid == 0:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+                resource.setrlimit(resource.RLIMIT_AS, (used + 4096 * MIB + room * MIB,) * 2)
+                try:
+                    os._exit(1 if is_lent(np.empty(4096 * MIB, np.uint8)) else 2)
+                except MemoryError:
+                    os._exit(3)
+            status = os.waitpid(pid, 0)[1]
+            assert os.WIFEXITED(status), (room, status)
+            lent.append(os.WEXITSTATUS(status))
+        assert set(lent) <= {1, 2, 3} and lent[0] != 1 and lent[-1] == 1, lent
+        """,
+        on=False,
+    )
+
+
 def test_locked_memory_is_given_up_all_the_same() -> None:
     program(
         """

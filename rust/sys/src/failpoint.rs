@@ -32,6 +32,8 @@ pub enum Failpoint {
     TakeBack,
     /// An unmerge owns private pages, not copied yet.
     UnmergeClaimed,
+    /// A block of the heap was chosen to take part, and does not yet.
+    BlockChosen,
     /// A block of the heap counts as taking part, and none of its pages does yet.
     BlockOpens,
     /// A scan has its evidence and is about to mark the page.
@@ -50,7 +52,7 @@ pub enum Failpoint {
 
 impl Failpoint {
     /// Every failpoint with its name.
-    pub const ALL: [(&'static str, Failpoint); 19] = [
+    pub const ALL: [(&'static str, Failpoint); 20] = [
         ("merge-compared", Failpoint::MergeCompared),
         ("merge-freezing", Failpoint::MergeFreezing),
         ("merge-frozen", Failpoint::MergeFrozen),
@@ -63,6 +65,7 @@ impl Failpoint {
         ("break-mapped", Failpoint::BreakMapped),
         ("take-back", Failpoint::TakeBack),
         ("unmerge-claimed", Failpoint::UnmergeClaimed),
+        ("block-chosen", Failpoint::BlockChosen),
         ("block-opens", Failpoint::BlockOpens),
         ("scan-evidence", Failpoint::ScanEvidence),
         ("fault-arrived", Failpoint::FaultArrived),

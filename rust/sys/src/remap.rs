@@ -140,7 +140,7 @@ impl Region {
             self.open(|_| self.break_merged(span))
         };
         if let Some(Ok(_)) = broken {
-            self.open(|_| self.hold_again(span));
+            self.hold_again(span);
         }
         broken
     }

@@ -16,7 +16,10 @@ use ksmrs_sys::region::Region;
 use ksmrs_sys::scan::ScanTools;
 use ksmrs_sys::tracking::Userfault;
 use ksmrs_sys::{PAGE_SIZE, State};
+use std::io::Read;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use tracked::{Frames, PASS, STORE, UNIT, no_huge_pages, states, word};
 
@@ -49,7 +52,7 @@ fn begin_with(bytes: usize) -> (usize, Arc<Region>) {
     let arena = heap::region_at(address).unwrap();
     assert_eq!(arena.address(), address, "the first block of all");
     no_huge_pages(address, arena.pages() as usize * PAGE_SIZE);
-    (0..UNIT).for_each(|page| word(address, page).store(u64::from(page) + 1, std::sync::atomic::Ordering::Relaxed));
+    (0..UNIT).for_each(|page| word(address, page).store(u64::from(page) + 1, Ordering::Relaxed));
     (address, arena)
 }
 
@@ -87,7 +90,7 @@ fn scene_discarded_while_compared() {
         heap::open_all();
     });
     for page in 0..UNIT {
-        let now = word(address, page).load(std::sync::atomic::Ordering::Relaxed);
+        let now = word(address, page).load(Ordering::Relaxed);
         assert_eq!(now, 0, "page {page}, lent as zeros");
     }
 }
@@ -110,6 +113,89 @@ fn scene_freed_while_it_opens() {
     );
 }
 
+/// Nothing is to take part any more when a block is just about to.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_withdrawn_while_it_is_chosen() {
+    let (address, arena) = begin_with(UNIT as usize * PAGE_SIZE);
+    let before = failpoint::hits(Failpoint::BlockChosen);
+    std::thread::scope(|threads| {
+        threads.spawn(heap::open_all);
+        reach(Failpoint::BlockChosen, before);
+        heap::withdraw_all().unwrap();
+    });
+    assert_eq!(heap::held().open, 0, "nothing takes part");
+    assert_eq!(states(&arena, State::Held), arena.pages() as usize);
+    assert!(heap::begin(Supply { make, end }));
+    heap::open_all();
+    assert_eq!(states(&arena, State::Private), UNIT as usize);
+    assert!(heap::free(address));
+}
+
+/// Who pinned memory has given it to a device: it stays where it is when all is withdrawn, and is given up when it is freed.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_withdrawn_while_pinned() {
+    let (address, arena) = begin_with(LARGE);
+    heap::open_all();
+    assert_eq!(Frames::of_pages(UNIT).merge(&arena, WHOLE), UNIT as usize);
+    arena.pin(3..5).unwrap();
+    let pinned = InPipe::of(address + 3 * PAGE_SIZE);
+    heap::withdraw_all().unwrap();
+    assert_eq!((heap::held().open, states(&arena, State::Merged)), (0, 0));
+    for page in 0..UNIT {
+        assert_eq!(word(address, page).load(Ordering::Relaxed), u64::from(page) + 1);
+    }
+    word(address, 3).store(77, Ordering::Relaxed);
+    assert_eq!(pinned.first_word(), 77, "what a device sees is what the program wrote");
+    arena.unpin(3..5);
+    assert_eq!(
+        states(&arena, State::Held),
+        arena.pages() as usize,
+        "nothing takes part"
+    );
+    assert!(heap::begin(Supply { make, end }));
+    heap::open_all();
+    let back = [State::Private, State::Broken].map(|state| states(&arena, state));
+    assert_eq!((heap::held().open, back), (LARGE, [LARGE / PAGE_SIZE - 2, 2]));
+    arena.pin(3..5).unwrap();
+    heap::withdraw_all().unwrap();
+    arena.unpin(3..5);
+    assert!(heap::free(address));
+    let again = heap::lend(LARGE).unwrap();
+    assert_eq!((again.address, again.zeros), (address, true));
+    for page in 0..UNIT {
+        assert_eq!(
+            word(address, page).load(Ordering::Relaxed),
+            0,
+            "page {page}, lent as zeros"
+        );
+    }
+}
+
+/// A page that a pipe has a reference to, as a device would.
+struct InPipe(std::fs::File);
+
+impl InPipe {
+    fn of(address: usize) -> InPipe {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let page = libc::iovec {
+            iov_base: std::ptr::with_exposed_provenance_mut(address),
+            iov_len: PAGE_SIZE,
+        };
+        // SAFETY: a page of the arena, which is mapped for as long as the pipe is; nothing is written.
+        let put = unsafe { libc::vmsplice(writer.as_raw_fd(), &raw const page, 1, 0) };
+        assert_eq!(put, PAGE_SIZE as isize);
+        InPipe(OwnedFd::from(reader).into())
+    }
+
+    fn first_word(mut self) -> u64 {
+        let mut bytes = [0; 8];
+        self.0.read_exact(&mut bytes).unwrap();
+        u64::from_ne_bytes(bytes)
+    }
+}
+
 fn run(scene: &str, failpoints: &str) {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -127,4 +213,14 @@ fn what_was_compared_before_it_was_given_back_counts_no_more() {
 #[test]
 fn a_free_waits_for_whoever_opens_the_block() {
     run("scene_freed_while_it_opens", "block-opens=delay:300000");
+}
+
+#[test]
+fn a_withdrawal_waits_for_whoever_opens_a_block() {
+    run("scene_withdrawn_while_it_is_chosen", "block-chosen=delay:300000");
+}
+
+#[test]
+fn a_withdrawal_leaves_pinned_pages_where_they_are() {
+    run("scene_withdrawn_while_pinned", "");
 }

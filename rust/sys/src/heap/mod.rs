@@ -6,7 +6,7 @@
 //! [`KEEP`]. A lent address is found in a table of 2 MiB units, without a lock.
 //!
 //! ```text
-//!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent
+//!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent, or Out if pinned
 //!             |  free: kept for the next               |  free: taken out of merging, fresh where it was merged
 //!             `------------------> bin or free run <---'
 //! ```
@@ -19,6 +19,7 @@ mod arena;
 mod room;
 
 use crate::error::SysError;
+use crate::failpoint::{self, Failpoint};
 use crate::fork;
 use crate::object::PAGE_SIZE;
 use crate::region::Region;
@@ -177,12 +178,13 @@ impl Heap {
     }
 
     fn add_arena(&mut self, pages: u32) -> Option<()> {
-        let region = (self.supply?.make)(pages)?;
-        let arena = Arc::new(Arena::new(self.next, region));
-        if !arena::publish(&arena) {
-            (self.supply?.end)(arena.region.clone());
+        let supply = self.supply?;
+        let region = (supply.make)(pages)?;
+        let arena = Arena::new(self.next, region.clone()).map(Arc::new);
+        let Some(arena) = arena.filter(arena::publish) else {
+            (supply.end)(region);
             return None;
-        }
+        };
         self.next += 1;
         self.room.give(place(&arena, 0), pages);
         self.arenas.insert(arena.number, arena);
@@ -302,11 +304,11 @@ pub fn free(address: usize) -> bool {
             arena.region.forget_pages(span);
             return true;
         }
-        Life::Open if arena.region.abandon_pages(span).is_err() => {
+        Life::Open | Life::Out if arena.region.abandon_pages(span).is_err() => {
             // Some of it shows frames, and there is no mapping to be had for anything else: its place is lost.
             return true;
         }
-        Life::Open => arena.region.forget_holds(span),
+        Life::Open | Life::Out => arena.region.forget_holds(span),
         Life::Lent if arena.region.has_holds() => arena.region.forget_holds(span),
         Life::Lent => {}
     }
@@ -356,26 +358,28 @@ pub(crate) fn open_range(range: &Range<usize>) {
 
 fn open(arena: &Arena, chosen: impl Fn(u32, Block) -> bool) {
     for (first, block) in arena.lent() {
-        if block.life == Life::Lent && chosen(first, block) {
-            arena
-                .region
-                .open_pages_if(span(first, block.pages), || arena.advance(first, block, Life::Open));
+        if matches!(block.life, Life::Lent | Life::Out) && chosen(first, block) {
+            failpoint::hit(Failpoint::BlockChosen);
+            // Asked where a withdrawal waits: after it, nobody begins.
+            let still = || OPENS.load(Ordering::Acquire) && arena.advance(first, block, Life::Open);
+            arena.region.open_pages_if(span(first, block.pages), still);
         }
     }
 }
 
-/// From now on nothing that is lent takes part, and nothing of it is merged any more.
+/// From now on nothing that is lent takes part, and nothing of it is merged any more. Pinned pages stay where they are.
 ///
 /// # Errors
 /// No memory for the copies; some of it may still be merged.
 pub fn withdraw_all() -> Result<(), SysError> {
     OPENS.store(false, Ordering::Release);
     for arena in arenas() {
+        arena.region.await_openings();
         for (first, block) in arena.lent().filter(|(_, block)| block.life == Life::Open) {
             let still = || arena.block(first) == block;
             // Whoever frees it meanwhile waits until this is done.
-            let done = || {
-                arena.advance(first, block, Life::Lent);
+            let done = |is_plain| {
+                arena.advance(first, block, if is_plain { Life::Lent } else { Life::Out });
             };
             arena.region.withdraw_pages_if(span(first, block.pages), still, done)?;
         }
