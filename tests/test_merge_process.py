@@ -142,6 +142,33 @@ def test_where_numpys_functions_cannot_be_replaced_threads_are_given_a_handler()
     )
 
 
+def test_what_somebody_else_put_in_our_place_stays() -> None:
+    program(
+        """
+        import ctypes
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        api = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+        default = ctypes.cast(api[306], ctypes.POINTER(ctypes.py_object))[0]
+        functions = (ctypes.c_void_p * 5).from_address(pointer(default, b"mem_handler") + 128)
+        Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        before, freed = functions[4], []
+        ours = Free(before)
+        theirs = Free(lambda context, memory, nbytes: (freed.append(nbytes), ours(context, memory, nbytes))[0])
+        array = np.ones(MIB, np.uint8)
+        functions[4] = ctypes.cast(theirs, ctypes.c_void_p)
+        ksmrs.merge_process(True)
+        assert functions[4] == ctypes.cast(theirs, ctypes.c_void_p).value
+        del array
+        assert MIB in freed
+        functions[4] = before
+        ksmrs.merge_process(True)
+        assert ksmrs.process_stats().numpy_allocator == "every thread"
+        assert is_lent(np.ones(MIB, np.uint8))
+        """
+    )
+
+
 def test_equal_arrays_of_two_processes_are_one_memory() -> None:
     text = dedent(
         PRELUDE
