@@ -341,6 +341,10 @@ def test_off_gives_everything_memory_of_its_own() -> None:
         assert all((array == chance(1, 8 * MIB)).all() for array in arrays[:3]) and not arrays[3].any()
         assert not is_lent(np.empty(MIB, np.uint8))
         assert ksmrs.process_stats().numpy_allocator == "off"
+        # What the program asks for takes part all the same.
+        for array in arrays[:2]:
+            ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
+        assert merging() == 2 * 8 * 256
         # And on again: what is there takes part again.
         ksmrs.merge_process(True)
         assert merging() >= 3 * 8 * 256

@@ -328,40 +328,45 @@ pub fn free(address: usize) -> bool {
 
 /// A pass began, as the broker says: what was lent before it, and before the last look, takes part.
 pub fn pass_began(pass: u16) {
-    if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !OPENS.load(Ordering::Acquire) {
+    if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !blocks_take_part() {
         return;
     }
     for arena in arenas() {
-        open(&arena, |_, block| block.pass != pass);
+        open(&arena, blocks_take_part, |_, block| block.pass != pass);
     }
 }
 
 /// Has all that is lent take part at once, unless it was withdrawn.
 pub fn open_all() {
-    if !OPENS.load(Ordering::Acquire) {
+    if !blocks_take_part() {
         return;
     }
     for arena in arenas() {
-        open(&arena, |_, _| true);
+        open(&arena, blocks_take_part, |_, _| true);
     }
 }
 
-/// Has blocks take part at once that touch a range of an arena's addresses.
+/// Has blocks take part at once that touch a range of an arena's addresses, for the program asked for these.
 pub(crate) fn open_range(range: &Range<usize>) {
     for arena in arenas() {
-        open(&arena, |first, block| {
+        let asked = || true;
+        open(&arena, asked, |first, block| {
             let start = arena.address(first);
             start < range.end && range.start < start + block.pages as usize * PAGE_SIZE
         });
     }
 }
 
-fn open(arena: &Arena, chosen: impl Fn(u32, Block) -> bool) {
+fn blocks_take_part() -> bool {
+    OPENS.load(Ordering::Acquire)
+}
+
+fn open(arena: &Arena, wanted: impl Fn() -> bool, chosen: impl Fn(u32, Block) -> bool) {
     for (first, block) in arena.lent() {
         if matches!(block.life, Life::Lent | Life::Out) && chosen(first, block) {
             failpoint::hit(Failpoint::BlockChosen);
             // Asked where a withdrawal waits: after it, nobody begins.
-            let still = || OPENS.load(Ordering::Acquire) && arena.advance(first, block, Life::Open);
+            let still = || wanted() && arena.advance(first, block, Life::Open);
             arena.region.open_pages_if(span(first, block.pages), still);
         }
     }
