@@ -1,10 +1,10 @@
-"""What may befall a program whose arrays all merge: limits, a dead broker, forks in the midst of allocation, its end."""
+"""What may befall a program whose arrays all merge: limits, a dead broker, its end."""
 
 from __future__ import annotations
 
 import pytest
 
-from test_merge_process import program
+from whole_programs import program
 
 
 def test_at_the_limit_of_mappings_arrays_are_made_and_freed() -> None:
@@ -132,63 +132,6 @@ def test_a_broker_that_is_killed_costs_nothing_but_time() -> None:
         assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
         assert not np.zeros(8 * MIB, np.uint8).any()
         """
-    )
-
-
-def test_forks_while_threads_allocate() -> None:
-    program(
-        """
-        stop = threading.Event()
-        def allocate():
-            while not stop.is_set():
-                a = np.ones(1 << 17) + 1
-                zeros = np.zeros(3 * MIB, np.uint8)
-                assert not zeros[:: PAGE].any()
-                zeros += 1
-        threads = [threading.Thread(target=allocate) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        def child(deep):
-            array = np.ones(MIB, np.uint8)
-            fine = is_lent(array) and not any(np.zeros(n, np.uint8).any() for n in (MIB, 3 * MIB, 100_000))
-            if deep:
-                pid = os.fork()
-                if pid == 0:
-                    os._exit(child(False))
-                fine = fine and os.waitpid(pid, 0)[1] == 0
-            return 0 if fine else 3
-        for turn in range(60):
-            pid = os.fork()
-            if pid == 0:
-                status = 9
-                try:
-                    status = child(turn % 5 == 0)
-                finally:
-                    os._exit(status)
-            assert os.waitpid(pid, 0)[1] == 0, turn
-        stop.set()
-        for thread in threads:
-            thread.join()
-        """
-    )
-
-
-def test_children_of_an_embedded_broker_have_numpys_own_memory() -> None:
-    program(
-        """
-        ksmrs.connect(embedded=True)
-        ksmrs.merge_process(True)
-        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
-        assert merging() == 2 * 2048
-        pid = os.fork()
-        if pid == 0:
-            fine = not is_lent(np.ones(MIB, np.uint8)) and (arrays[0] == chance(1, 8 * MIB)).all()
-            arrays.clear()
-            os._exit(0 if fine and not np.zeros(8 * MIB, np.uint8).any() else 1)
-        assert os.waitpid(pid, 0)[1] == 0
-        assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
-        """,
-        on=False,
     )
 
 
