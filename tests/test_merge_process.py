@@ -253,6 +253,12 @@ def test_parts_are_pinned_and_opted_out_as_other_memory_is() -> None:
         content, address = chance(1), pair.pop().ctypes.data
         pair.append(content.copy())
         assert pair[1].ctypes.data == address and merging() == 512
+        # Pinned or opted out before it ever took part, it does not begin to.
+        third, fourth = content.copy(), content.copy()
+        ksmrs.madvise(fourth, ksmrs.MADV_UNMERGEABLE, 0, MIB // 2)
+        with ksmrs.pinned(third):
+            assert merging() == 512 + 128
+        assert merging() == 512 + 128 + 256
         # Pinned while out of merging, it stays out.
         ksmrs.tunables.run = 0
         lent = ksmrs.process_stats().numpy_mergeable_bytes

@@ -34,6 +34,8 @@ pub enum Failpoint {
     UnmergeClaimed,
     /// A block of the heap was chosen to take part, and does not yet.
     BlockChosen,
+    /// It is wanted still, and whoever opens it is alone.
+    BlockWanted,
     /// A block of the heap counts as taking part, and none of its pages does yet.
     BlockOpens,
     /// A scan has its evidence and is about to mark the page.
@@ -52,7 +54,7 @@ pub enum Failpoint {
 
 impl Failpoint {
     /// Every failpoint with its name.
-    pub const ALL: [(&'static str, Failpoint); 20] = [
+    pub const ALL: [(&'static str, Failpoint); 21] = [
         ("merge-compared", Failpoint::MergeCompared),
         ("merge-freezing", Failpoint::MergeFreezing),
         ("merge-frozen", Failpoint::MergeFrozen),
@@ -66,6 +68,7 @@ impl Failpoint {
         ("take-back", Failpoint::TakeBack),
         ("unmerge-claimed", Failpoint::UnmergeClaimed),
         ("block-chosen", Failpoint::BlockChosen),
+        ("block-wanted", Failpoint::BlockWanted),
         ("block-opens", Failpoint::BlockOpens),
         ("scan-evidence", Failpoint::ScanEvidence),
         ("fault-arrived", Failpoint::FaultArrived),

@@ -19,8 +19,9 @@ use ksmrs_sys::{PAGE_SIZE, State};
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::Command;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tracked::{Frames, PASS, STORE, UNIT, no_huge_pages, states, word};
 
 const WHOLE: Span = Span {
@@ -95,6 +96,28 @@ fn scene_discarded_while_compared() {
     }
 }
 
+/// A block is freed when it was chosen to take part, and its place is lent as something else.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_freed_while_it_is_chosen() {
+    let (address, arena) = begin_with(LARGE);
+    let before = failpoint::hits(Failpoint::BlockChosen);
+    std::thread::scope(|threads| {
+        threads.spawn(|| heap::pass_began(1));
+        reach(Failpoint::BlockChosen, before);
+        assert!(heap::free(address));
+        // Lent in the pass that is under way.
+        let other = heap::lend(PAGE_SIZE).unwrap();
+        assert_eq!((other.address, other.zeros), (address, true));
+    });
+    assert_eq!(heap::held().open, 0);
+    assert_eq!(
+        states(&arena, State::Held),
+        arena.pages() as usize,
+        "pages take part that nobody opened"
+    );
+}
+
 /// A block is freed when it counts as taking part and its pages are just about to.
 #[test]
 #[ignore = "run in a process of its own by the tests below"]
@@ -113,15 +136,41 @@ fn scene_freed_while_it_opens() {
     );
 }
 
+/// What was pinned is freed, and the pin ends after that; whoever pins memory must not free it, but no other block may pay for it.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_freed_while_pinned() {
+    let (address, arena) = begin_with(UNIT as usize * PAGE_SIZE);
+    heap::open_all();
+    arena.pin(0..UNIT).unwrap();
+    assert!(heap::free(address));
+    arena.unpin(0..UNIT);
+    assert_eq!(
+        states(&arena, State::Held),
+        arena.pages() as usize,
+        "free pages take part"
+    );
+}
+
 /// Nothing is to take part any more when a block is just about to.
 #[test]
 #[ignore = "run in a process of its own by the tests below"]
 fn scene_withdrawn_while_it_is_chosen() {
+    withdrawn_at(Failpoint::BlockChosen);
+}
+
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_withdrawn_while_it_is_wanted() {
+    withdrawn_at(Failpoint::BlockWanted);
+}
+
+fn withdrawn_at(point: Failpoint) {
     let (address, arena) = begin_with(UNIT as usize * PAGE_SIZE);
-    let before = failpoint::hits(Failpoint::BlockChosen);
+    let before = failpoint::hits(point);
     std::thread::scope(|threads| {
         threads.spawn(heap::open_all);
-        reach(Failpoint::BlockChosen, before);
+        reach(point, before);
         heap::withdraw_all().unwrap();
     });
     assert_eq!(heap::held().open, 0, "nothing takes part");
@@ -173,6 +222,50 @@ fn scene_withdrawn_while_pinned() {
     }
 }
 
+static MAKING: AtomicBool = AtomicBool::new(false);
+static FORKING: AtomicBool = AtomicBool::new(false);
+
+/// With the heap's lock, as every arena is made: long enough for a fork that does not wait for it.
+fn make_while_forking(pages: u32) -> Option<Arc<Region>> {
+    MAKING.store(true, Ordering::SeqCst);
+    while !FORKING.load(Ordering::SeqCst) {
+        std::thread::yield_now();
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    make(pages)
+}
+
+/// A thread that the child does not have is at the heap when the process forks.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_forked_while_an_arena_is_made() {
+    begin_with(UNIT as usize * PAGE_SIZE);
+    let make = make_while_forking;
+    assert!(heap::begin(Supply { make, end }));
+    std::thread::scope(|threads| {
+        let lend = threads.spawn(|| heap::lend(2 * LARGE).is_some());
+        while !MAKING.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        FORKING.store(true, Ordering::SeqCst);
+        // SAFETY: the child asks the heap, which takes its lock, and ends, or is ended.
+        let child = unsafe {
+            let child = libc::fork();
+            if child == 0 {
+                libc::alarm(10);
+                heap::held();
+                libc::_exit(0);
+            }
+            child
+        };
+        let mut status = 0;
+        // SAFETY: a place for the status.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert_eq!(status, 0, "the child found the heap locked for ever");
+        assert!(lend.join().unwrap());
+    });
+}
+
 /// A page that a pipe has a reference to, as a device would.
 struct InPipe(std::fs::File);
 
@@ -216,8 +309,24 @@ fn a_free_waits_for_whoever_opens_the_block() {
 }
 
 #[test]
+fn the_end_of_a_pin_opens_no_free_page() {
+    run("scene_freed_while_pinned", "");
+}
+
+#[test]
+fn a_fork_waits_for_whoever_is_at_the_heap() {
+    run("scene_forked_while_an_arena_is_made", "");
+}
+
+#[test]
+fn a_block_that_was_freed_is_not_opened() {
+    run("scene_freed_while_it_is_chosen", "block-chosen=delay:300000");
+}
+
+#[test]
 fn a_withdrawal_waits_for_whoever_opens_a_block() {
     run("scene_withdrawn_while_it_is_chosen", "block-chosen=delay:300000");
+    run("scene_withdrawn_while_it_is_wanted", "block-wanted=delay:300000");
 }
 
 #[test]

@@ -366,8 +366,11 @@ fn open(arena: &Arena, wanted: impl Fn() -> bool, chosen: impl Fn(u32, Block) ->
         if matches!(block.life, Life::Lent | Life::Out) && chosen(first, block) {
             failpoint::hit(Failpoint::BlockChosen);
             // Asked where a withdrawal waits: after it, nobody begins.
-            let still = || wanted() && arena.advance(first, block, Life::Open);
-            arena.region.open_pages_if(span(first, block.pages), still);
+            arena.region.open_pages_if(span(first, block.pages), || {
+                let wanted = wanted();
+                failpoint::hit(Failpoint::BlockWanted);
+                wanted && arena.advance(first, block, Life::Open)
+            });
         }
     }
 }
