@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from whole_programs import program
+import pytest
+
+from whole_programs import BUILD, program
 
 
 def test_a_forked_child_goes_on() -> None:
@@ -129,6 +131,28 @@ def test_forks_while_threads_allocate() -> None:
         for thread in threads:
             thread.join()
         """
+    )
+
+
+@pytest.mark.skipif(not (BUILD / "ksmrs").is_dir(), reason="no build with failpoints: run make mutants")
+def test_a_child_frees_what_its_parent_was_opening() -> None:
+    program(
+        """
+        array = chance(1, 8 * MIB).copy()
+        thread = threading.Thread(target=ksmrs.merge, args=(60,))
+        thread.start()
+        # It counts as taking part, and whoever opens it stays where it is for two seconds, with the lock that a free needs.
+        wait_for(lambda: ksmrs.process_stats().numpy_mergeable_bytes == array.nbytes)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            del array
+            os._exit(0 if not np.zeros(8 * MIB, np.uint8).any() and is_lent(np.ones(MIB, np.uint8)) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+        thread.join()
+        assert (array == chance(1, 8 * MIB)).all()
+        """,
+        failpoints="block-opens=delay:2000000",
     )
 
 

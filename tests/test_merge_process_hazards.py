@@ -135,6 +135,75 @@ def test_a_broker_that_is_killed_costs_nothing_but_time() -> None:
     )
 
 
+def test_on_and_off_while_eight_threads_use_it() -> None:
+    program(
+        """
+        import ctypes, queue, random
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        api = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+        default = ctypes.cast(api[306], ctypes.POINTER(ctypes.py_object))[0]
+        functions = (ctypes.c_void_p * 5).from_address(pointer(default, b"mem_handler") + 128)
+        P, N = ctypes.c_void_p, ctypes.c_size_t
+        # NumPy's own want the GIL; the heap's memory may be freed without.
+        malloc = ctypes.PYFUNCTYPE(P, P, N)(functions[1])
+        calloc = ctypes.PYFUNCTYPE(P, P, N, N)(functions[2])
+        realloc = ctypes.PYFUNCTYPE(P, P, P, N)(functions[3])
+        numpys, heaps = ctypes.PYFUNCTYPE(None, P, P, N)(functions[4]), ctypes.CFUNCTYPE(None, P, P, N)(functions[4])
+        def free(memory, nbytes):
+            lent = _ksmrs.is_lent(memory)
+            (heaps if lent else numpys)(None, memory, nbytes)
+            freed[lent] += 1
+        freed = [0, 0]
+        contents = [chance(seed, 4 * MIB).tobytes() for seed in range(2)]
+        handed, stop, failures = queue.SimpleQueue(), threading.Event(), []
+        def use(seed):
+            chance = random.Random(seed)
+            try:
+                while not stop.is_set():
+                    nbytes, content = chance.choice((65536, MIB + 5, 3 * MIB)), chance.choice(contents)
+                    if chance.random() < 0.3:
+                        memory = calloc(None, 1, nbytes)
+                        assert ctypes.string_at(memory, nbytes) == bytes(nbytes), "zeros"
+                    else:
+                        memory = malloc(None, nbytes)
+                    ctypes.memmove(memory, content, nbytes)
+                    handed.put((memory, nbytes, content))
+                    memory, nbytes, content = handed.get()  # another thread's, as often as not
+                    assert ctypes.string_at(memory, nbytes) == content[:nbytes], "what another thread wrote"
+                    if nbytes <= 3 * MIB and chance.random() < 0.3:
+                        memory, more = realloc(None, memory, nbytes + MIB), nbytes + MIB
+                        assert ctypes.string_at(memory, nbytes) == content[:nbytes], "moved"
+                        ctypes.memmove(memory, content, more)
+                        nbytes = more
+                    if handed.qsize() < 20:
+                        handed.put((memory, nbytes, content))
+                    else:
+                        assert ctypes.string_at(memory, nbytes) == content[:nbytes], "before it is freed"
+                        free(memory, nbytes)
+            except BaseException as failure:
+                failures.append(failure)
+        threads = [threading.Thread(target=use, args=(seed,), daemon=True) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for turn in range(25):
+            ksmrs.merge(0.2)
+            ksmrs.merge_process(False)
+            assert ksmrs.process_stats().numpy_mergeable_bytes == 0
+            ksmrs.merge_process(True)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failures, failures
+        while not handed.empty():
+            memory, nbytes, content = handed.get()
+            assert ctypes.string_at(memory, nbytes) == content[:nbytes], "at the end"
+            free(memory, nbytes)
+        assert ksmrs.process_stats().merges > 1000 and min(freed) > 50, freed
+        """
+    )
+
+
 @pytest.mark.parametrize("how", ["sys.exit(0)", "os._exit(0)", "pass"])
 def test_the_end_comes_while_threads_allocate(how: str) -> None:
     program(

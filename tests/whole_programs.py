@@ -10,6 +10,8 @@ from textwrap import dedent
 
 from children import TESTS, run
 
+BUILD = TESTS.parent / "target" / "mutants"
+
 PRELUDE = """
     import asyncio, contextvars, re
     from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,14 @@ PRELUDE = """
 """
 
 
-def program(text: str, *, on: bool = True) -> str:
-    """Run a program with what the tests here use, the program's arrays in mergeable memory from the start."""
+def program(text: str, *, on: bool = True, failpoints: str = "") -> str:
+    """Run a program with what the tests here use, the program's arrays in mergeable memory from the start.
+
+    With failpoints it runs in the build that has them.
+    """
     begin = "ksmrs.merge_process(True)\n" if on else ""
-    return run(dedent(PRELUDE) + begin + dedent(text), PYTHONPATH=str(TESTS))
+    return run(
+        dedent(PRELUDE) + begin + dedent(text),
+        PYTHONPATH=f"{BUILD}:{TESTS}" if failpoints else str(TESTS),
+        KSMRS_FAILPOINTS=failpoints,
+    )
