@@ -259,6 +259,12 @@ def test_parts_are_pinned_and_opted_out_as_other_memory_is() -> None:
         with ksmrs.pinned(third):
             assert merging() == 512 + 128
         assert merging() == 512 + 128 + 256
+        fifth = content.copy()
+        ksmrs.madvise(fifth, ksmrs.MADV_UNMERGEABLE)
+        address = fifth.ctypes.data
+        del fifth
+        fifth = content.copy()
+        assert fifth.ctypes.data == address and merging() == 512 + 128 + 512
         # Pinned while out of merging, it stays out.
         ksmrs.tunables.run = 0
         lent = ksmrs.process_stats().numpy_mergeable_bytes

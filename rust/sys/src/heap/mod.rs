@@ -422,3 +422,31 @@ pub fn held() -> Held {
     }
     held
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_table::ClientTable;
+
+    fn make(pages: u32) -> Option<Arc<Region>> {
+        static TABLE: std::sync::OnceLock<ClientTable> = std::sync::OnceLock::new();
+        let table = TABLE.get_or_init(|| ClientTable::create(8 * ARENA).unwrap().0);
+        Region::arena(table, pages).ok().map(Arc::new)
+    }
+
+    /// Their addresses are anybody's next.
+    #[test]
+    fn ended_arenas_are_found_no_more() {
+        fork::begin_life(|| ()).unwrap();
+        let end = |arena: Arc<Region>| arena.close();
+        assert!(begin(Supply { make, end }));
+        let blocks = [(); IDLE + 3].map(|()| lend(ARENA as usize * PAGE_SIZE).unwrap().address);
+        assert!(blocks.iter().all(|address| lent(*address).is_some() && free(*address)));
+        // SAFETY: of what is found only that it is.
+        let found = blocks
+            .iter()
+            .filter(|address| unsafe { arena::find(**address) }.is_some());
+        assert_eq!(found.count(), IDLE);
+        assert_eq!(held().arenas, IDLE * ARENA as usize * PAGE_SIZE);
+    }
+}
