@@ -96,6 +96,37 @@ def test_a_child_that_no_python_forked_only_reads_and_frees() -> None:
     )
 
 
+def test_a_child_that_no_python_forked_may_opt_in_again() -> None:
+    program(
+        """
+        import ctypes
+        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
+        assert merging() == 2 * 2048
+        loose = [chance(2, 8 * MIB).copy() for _ in range(2)]
+        del loose  # whose places are the next to be lent, in the parent
+        pid = ctypes.PyDLL(None).fork()
+        if pid == 0:
+            status = 1
+            try:
+                signal.alarm(100)
+                ksmrs.merge_process(True)
+                mine = [chance(1, 8 * MIB).copy() for _ in range(2)]
+                assert all(map(is_lent, mine)) and merging() == 2 * 2048
+                arrays.clear()
+                assert not any(np.zeros(8 * MIB, np.uint8).any() for _ in range(5))
+                assert all((array == chance(1, 8 * MIB)).all() for array in mine)
+                status = 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
+        """
+    )
+
+
 def test_forks_while_threads_allocate() -> None:
     program(
         """
