@@ -1,44 +1,11 @@
-"""A whole program's NumPy arrays in mergeable memory: who is reached, what becomes of memory, and that no byte is ever wrong.
-
-Each program runs in a child, for what `merge_process` does to NumPy cannot be undone. What merged is read from the child's own
-counters, what was saved from its PSS.
-"""
+"""A whole program's NumPy arrays in mergeable memory: what becomes of memory, and that no byte is ever wrong."""
 
 from __future__ import annotations
 
-import os
-import sys
-from pathlib import Path
 from textwrap import dedent
 
-import pytest
-
-from children import TESTS, Child, run
-
-PAGE = 4096
-PRELUDE = """
-    import asyncio, contextvars, re
-    from concurrent.futures import ThreadPoolExecutor
-    from pathlib import Path
-    from ksmrs import _ksmrs
-    PAGE, MIB = 4096, 1 << 20
-    def is_lent(array):
-        return _ksmrs.is_lent(array.__array_interface__["data"][0])
-    def chance(seed, nbytes=MIB):
-        return np.frombuffer(np.random.default_rng(seed).bytes(nbytes), np.uint8)
-    def merging():
-        # Counters change with a look at every page.
-        ksmrs.merge(60)
-        return ksmrs.process_stats().ksm_merging_pages
-    def pss():
-        return int(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1]) << 10
-"""
-
-
-def program(text: str, *, on: bool = True) -> str:
-    """Run a program with what the tests here use, the program's arrays in mergeable memory from the start."""
-    begin = "ksmrs.merge_process(True)\n" if on else ""
-    return run(dedent(PRELUDE) + begin + dedent(text), PYTHONPATH=str(TESTS))
+from children import Child, run
+from whole_programs import PRELUDE, program
 
 
 def test_arrays_are_numpys_own_in_every_respect() -> None:
@@ -83,62 +50,6 @@ def test_a_size_is_at_least_a_page() -> None:
         arrays = [np.empty(nbytes, np.uint8) for nbytes in (4096, 4095)]
         assert [_ksmrs.is_lent(array.ctypes.data) for array in arrays] == [True, False]
         """
-    )
-
-
-def test_every_thread_and_every_context_is_reached() -> None:
-    program(
-        """
-        before = ThreadPoolExecutor(1)
-        before.submit(int).result()
-        ksmrs.merge_process(True)
-        make = lambda: np.ones(MIB, np.uint8)
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(make()))
-        thread.start()
-        thread.join()
-        with ThreadPoolExecutor(4) as pool:
-            seen += pool.map(lambda _: make(), range(16))
-        seen.append(before.submit(make).result())  # a thread from before
-        before.shutdown()
-        seen.append(contextvars.Context().run(make))
-        async def gathered():
-            return [make(), await asyncio.to_thread(make), await asyncio.get_running_loop().run_in_executor(None, make)]
-        seen += asyncio.run(gathered())
-        assert len(seen) == 22 and all(map(is_lent, seen)), [is_lent(array) for array in seen]
-        """,
-        on=False,
-    )
-
-
-def test_where_numpys_functions_cannot_be_replaced_threads_are_given_a_handler() -> None:
-    program(
-        """
-        import logging
-        logging.disable()
-        _ksmrs.replace_numpy_functions = lambda: False
-        ksmrs.merge_process(True)
-        assert ksmrs.process_stats().numpy_allocator == "the context of merge_process and threads started since"
-        found = [finding for finding in ksmrs.doctor() if finding.name == "NumPy's allocator"]
-        assert [finding.state for finding in found] == ["limited"] and found[0].next_step
-        make = lambda: np.ones(MIB, np.uint8)
-        here = make()
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(make()))
-        thread.start()
-        thread.join()
-        assert "run" not in vars(thread)
-        with ThreadPoolExecutor(2) as pool:
-            seen += pool.map(lambda _: make(), range(4))
-        assert is_lent(here) and all(map(is_lent, seen)) and len(seen) == 5
-        assert not is_lent(contextvars.Context().run(make))  # as documented
-        here.resize(3 * MIB)
-        assert is_lent(here) and here[:MIB].all() and not here[MIB:].any()
-        ksmrs.merge_process(False)
-        assert not is_lent(make())
-        del here, seen
-        """,
-        on=False,
     )
 
 
@@ -314,6 +225,10 @@ def test_off_gives_everything_memory_of_its_own() -> None:
         assert all((array == chance(1, 8 * MIB)).all() for array in arrays[:3]) and not arrays[3].any()
         assert not is_lent(np.empty(MIB, np.uint8))
         assert ksmrs.process_stats().numpy_allocator == "off"
+        # What the program asks for takes part all the same.
+        for array in arrays[:2]:
+            ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
+        assert merging() == 2 * 8 * 256
         # And on again: what is there takes part again.
         ksmrs.merge_process(True)
         assert merging() >= 3 * 8 * 256
@@ -338,6 +253,18 @@ def test_parts_are_pinned_and_opted_out_as_other_memory_is() -> None:
         content, address = chance(1), pair.pop().ctypes.data
         pair.append(content.copy())
         assert pair[1].ctypes.data == address and merging() == 512
+        # Pinned or opted out before it ever took part, it does not begin to.
+        third, fourth = content.copy(), content.copy()
+        ksmrs.madvise(fourth, ksmrs.MADV_UNMERGEABLE, 0, MIB // 2)
+        with ksmrs.pinned(third):
+            assert merging() == 512 + 128
+        assert merging() == 512 + 128 + 256
+        fifth = content.copy()
+        ksmrs.madvise(fifth, ksmrs.MADV_UNMERGEABLE)
+        address = fifth.ctypes.data
+        del fifth
+        fifth = content.copy()
+        assert fifth.ctypes.data == address and merging() == 512 + 128 + 512
         # Pinned while out of merging, it stays out.
         ksmrs.tunables.run = 0
         lent = ksmrs.process_stats().numpy_mergeable_bytes
@@ -362,245 +289,3 @@ def test_arrays_of_ksmrs_are_numpys_where_those_merge() -> None:
             assert not is_lent(array) and array.base is not None
         """
     )
-
-
-def test_a_forked_child_goes_on() -> None:
-    program(
-        """
-        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
-        assert merging() == 2 * 2048
-        def child():
-            assert is_lent(np.empty(MIB, np.uint8))  # at once
-            assert (arrays[0] == chance(1, 8 * MIB)).all()
-            arrays[0][:] = 3
-            mine = chance(1, 8 * MIB).copy()
-            assert is_lent(mine)
-            wait_for(lambda: merging() >= 2 * 2048, "merging in the child")
-            assert ksmrs.process_stats().numpy_bytes == 3 * 8 * MIB
-            arrays.clear()  # inherited, and merged
-            zeros = [np.zeros(8 * MIB, np.uint8) for _ in range(3)]
-            assert not any(array.any() for array in zeros) and (mine == chance(1, 8 * MIB)).all()
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child()
-            except BaseException:
-                import traceback
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == 0
-        assert all((array == chance(1, 8 * MIB)).all() for array in arrays)
-        """
-    )
-
-
-def test_a_child_forked_before_the_first_array_merges() -> None:
-    """As a server does that opts in before it forks its workers."""
-    program(
-        """
-        ends = []
-        for number in range(2):
-            ours, theirs = os.pipe()
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    mine = chance(1, 8 * MIB).copy()
-                    assert is_lent(mine)
-                    wait_for(lambda: merging() >= 2048, "merging with a sibling", 60)
-                    os.write(theirs, b"merged")
-                except BaseException:
-                    import traceback
-                    traceback.print_exc()
-                    os._exit(1)
-                time.sleep(1000)  # until it is killed
-            os.close(theirs)
-            ends.append((pid, ours))
-        for pid, ours in ends:
-            assert os.read(ours, 10) == b"merged"
-        for pid, _ in ends:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        """
-    )
-
-
-def test_a_child_that_no_python_forked_only_reads_and_frees() -> None:
-    program(
-        """
-        import ctypes
-        arrays = [chance(1, 8 * MIB).copy() for _ in range(2)]
-        loose = chance(2, 8 * MIB).copy()
-        assert merging() == 2 * 2048
-        pid = ctypes.PyDLL(None).fork()
-        if pid == 0:
-            status = 1
-            try:
-                assert not is_lent(np.empty(MIB, np.uint8))
-                assert (arrays[0] == chance(1, 8 * MIB)).all() and (loose == chance(2, 8 * MIB)).all()
-                arrays[1][:: PAGE] = 1
-                del arrays[0], loose
-                zeros = [np.zeros(8 * MIB, np.uint8) for _ in range(3)]
-                assert not any(array.any() for array in zeros)
-                arrays.clear()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(pid, 0)[1] == 0
-        assert all((array == chance(1, 8 * MIB)).all() for array in arrays) and (loose == chance(2, 8 * MIB)).all()
-        assert merging() == 2 * 2048
-        """
-    )
-
-
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_workers_are_opted_in_by_their_initializer(method: str, tmp_path: Path) -> None:
-    script = tmp_path / "program.py"
-    script.write_text(
-        f"""
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-import numpy as np
-import ksmrs
-def work(number):
-    from ksmrs import _ksmrs
-    array = np.ones(1 << 20, np.uint8)
-    return _ksmrs.is_lent(array.ctypes.data), ksmrs.process_stats().numpy_allocator
-if __name__ == "__main__":
-    context = multiprocessing.get_context({method!r})
-    with ProcessPoolExecutor(2, context, initializer=ksmrs.worker_init) as pool:
-        assert set(pool.map(work, range(8))) == {{(True, "every thread")}}
-    with context.Pool(1) as pool:
-        assert pool.map(work, [1]) == [(False, "off")]
-"""
-    )
-    import subprocess
-
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_environment_opts_in_programs_that_never_heard_of_ksmrs(tmp_path: Path) -> None:
-    import subprocess
-
-    script = tmp_path / "app.py"
-    script.write_text(
-        "import sys\n"
-        "assert 'numpy' not in sys.modules\n"
-        "import numpy as np, subprocess\n"
-        "array, small = np.ones(1 << 20, np.uint8), np.ones(5000, np.uint8)\n"
-        "again = [sys.executable, __file__, 'inner']\n"
-        "inner = subprocess.run(again, capture_output=True, text=True) if not sys.argv[1:] else None\n"
-        "from ksmrs import _ksmrs\n"
-        "print(_ksmrs.is_lent(array.ctypes.data), _ksmrs.is_lent(small.ctypes.data), sys.argv[1:])\n"
-        "print(inner.stdout + inner.stderr if inner else '', end='')\n"
-    )
-
-    def output(*command: str | Path, **environment: str) -> list[str]:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **environment}
-        )
-        assert done.returncode == 0, done.stderr
-        assert not done.stderr, done.stderr
-        return done.stdout.splitlines()
-
-    assert output(sys.executable, script) == ["False False []", "False False ['inner']"]
-    for value in ("0", "", "off"):
-        assert output(sys.executable, script, KSMRS_MERGE_PROCESS=value) == ["False False []", "False False ['inner']"]
-    assert output(sys.executable, script, KSMRS_MERGE_PROCESS="1") == ["True False []", "True False ['inner']"]
-    ksmrs = [sys.executable, "-m", "ksmrs"]
-    assert output(*ksmrs, "run", "--", sys.executable, script, "--inner") == ["True False ['--inner']"]
-    assert output(*ksmrs, "run", "--min-size", "4096", sys.executable, script) == [
-        "True True []",
-        "True True ['inner']",
-    ]
-    # A program must not fail for what it did not ask for.
-    done = subprocess.run(
-        [sys.executable, "-c", "import numpy; print(numpy.ones(9).sum())"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "KSMRS_MERGE_PROCESS": "1", "KSMRS_MERGE_PROCESS_MIN_SIZE": "many"},
-    )
-    assert done.stdout == "9.0\n" and "'many'" in done.stderr, done
-
-
-def test_a_command_that_does_not_exist_is_said_so() -> None:
-    from click.testing import CliRunner
-
-    from ksmrs.cli import main
-
-    missing = CliRunner().invoke(main, ["run", "/nonexistent/program"], env={"KSMRS_MERGE_PROCESS": None})
-    os.environ.pop("KSMRS_MERGE_PROCESS", None)
-    assert missing.exit_code == 127 and "No such file" in missing.output
-
-
-LIBRARIES = {
-    "pandas": """
-        import pandas as pd
-        ROWS = 64_000
-        def frame():
-            g = np.random.default_rng(1)
-            return pd.DataFrame({"a": g.random(ROWS), "b": g.random(ROWS), "k": g.integers(0, 100, ROWS)})
-        frames = [frame() for _ in range(3)]
-        def results(df):
-            yield df.groupby("k").agg({"a": "sum", "b": "median"})
-            yield df.sort_values(["b", "k"])
-            yield df[["a", "b"]].rolling(50).mean()
-            yield df.pivot_table(index="k", values="a", aggfunc="mean")
-            yield df.copy()
-        wanted = list(results(frame()))
-        for _ in range(3):
-            assert merging() >= 3 * 3 * (ROWS * 8 // PAGE - 1), ksmrs.process_stats()
-            for df in frames:
-                for got, right in zip(results(df), wanted, strict=True):
-                    pd.testing.assert_frame_equal(got, right, check_exact=True)
-                df.loc[::400, "a"] *= 1.0
-        """,
-    "sklearn": """
-        import warnings
-        from sklearn.ensemble import RandomForestRegressor
-        from sklearn.neighbors import KNeighborsRegressor
-        from sklearn.neural_network import MLPRegressor
-        warnings.simplefilter("ignore")
-        g = np.random.default_rng(1)
-        data, asked = g.random((4000, 32)), g.random((50, 32))
-        target = data[:, 0] * 3 + g.random(4000)
-        def fitted():
-            return [
-                KNeighborsRegressor(algorithm="kd_tree").fit(data.copy(), target),
-                MLPRegressor(hidden_layer_sizes=(200, 200), max_iter=2, random_state=0).fit(data, target),
-                RandomForestRegressor(n_estimators=2, n_jobs=2, random_state=0).fit(data, target),
-            ]
-        import pickle
-        models = fitted()
-        wanted = [model.predict(asked) for model in models]
-        twins = [pickle.loads(pickle.dumps(models)) for _ in range(2)]
-        assert merging() > 450, ksmrs.process_stats()
-        for twin in twins:
-            assert all((model.predict(asked) == right).all() for model, right in zip(twin, wanted, strict=True))
-        again = fitted()
-        assert all(np.allclose(model.predict(asked), right) for model, right in zip(again, wanted, strict=True))
-        """,
-    "joblib": """
-        import joblib
-        from joblib import Parallel, delayed
-        def work(seed):
-            import numpy as np, ksmrs
-            from ksmrs import _ksmrs
-            array = np.random.default_rng(seed).random(1 << 17)
-            return _ksmrs.is_lent(array.ctypes.data), float(array.sum())
-        wanted = [float(np.random.default_rng(seed).random(1 << 17).sum()) for seed in range(8)]
-        threads = Parallel(2, backend="threading")(delayed(work)(seed) for seed in range(8))
-        assert threads == [(True, right) for right in wanted]
-        with joblib.parallel_config(backend="loky", n_jobs=2, initializer=ksmrs.worker_init):
-            loky = Parallel()(delayed(work)(seed) for seed in range(8))
-        assert loky == [(True, right) for right in wanted], loky
-        """,
-}
-
-
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_libraries_whose_arrays_all_merge(library: str) -> None:
-    pytest.importorskip(library)
-    program(LIBRARIES[library])

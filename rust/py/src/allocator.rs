@@ -201,7 +201,8 @@ fn is_writable(address: usize, bytes: usize) -> bool {
     })
 }
 
-/// Replaces the functions behind NumPy's default handler, once; false where its memory cannot be written.
+/// Replaces the functions behind NumPy's default handler, once; false where its memory cannot be written, and where somebody else replaced
+/// ours: memory that theirs made is nothing to what was there before.
 #[pyfunction]
 pub fn replace_numpy_functions(py: Python<'_>) -> PyResult<bool> {
     let handler = default_handler(py)?;
@@ -210,7 +211,10 @@ pub fn replace_numpy_functions(py: Python<'_>) -> PyResult<bool> {
     if std::ptr::fn_addr_eq(now.free, free as Free) {
         return Ok(true);
     }
-    BEFORE.get_or_init(|| Before(now));
+    let before = BEFORE.get_or_init(|| Before(now));
+    if !std::ptr::fn_addr_eq(now.free, before.0.free) {
+        return Ok(false);
+    }
     // SAFETY: only the address is taken.
     let place = unsafe { &raw mut (*handler).allocator };
     if !is_writable(place.expose_provenance(), size_of::<Allocator>()) {

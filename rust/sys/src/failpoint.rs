@@ -8,6 +8,8 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(usize)]
 pub enum Failpoint {
+    /// Pages were compared that a witness has an eye on; none is claimed yet.
+    MergeCompared,
     /// Pages are in Freezing, not protected yet.
     MergeFreezing,
     /// Pages are Frozen, not compared yet.
@@ -30,6 +32,12 @@ pub enum Failpoint {
     TakeBack,
     /// An unmerge owns private pages, not copied yet.
     UnmergeClaimed,
+    /// A block of the heap was chosen to take part, and does not yet.
+    BlockChosen,
+    /// It is wanted still, and whoever opens it is alone.
+    BlockWanted,
+    /// A block of the heap counts as taking part, and none of its pages does yet.
+    BlockOpens,
     /// A scan has its evidence and is about to mark the page.
     ScanEvidence,
     /// A write fault has arrived and nobody has looked at the page yet.
@@ -46,7 +54,8 @@ pub enum Failpoint {
 
 impl Failpoint {
     /// Every failpoint with its name.
-    pub const ALL: [(&'static str, Failpoint); 17] = [
+    pub const ALL: [(&'static str, Failpoint); 21] = [
+        ("merge-compared", Failpoint::MergeCompared),
         ("merge-freezing", Failpoint::MergeFreezing),
         ("merge-frozen", Failpoint::MergeFrozen),
         ("merge-committing", Failpoint::MergeCommitting),
@@ -58,6 +67,9 @@ impl Failpoint {
         ("break-mapped", Failpoint::BreakMapped),
         ("take-back", Failpoint::TakeBack),
         ("unmerge-claimed", Failpoint::UnmergeClaimed),
+        ("block-chosen", Failpoint::BlockChosen),
+        ("block-wanted", Failpoint::BlockWanted),
+        ("block-opens", Failpoint::BlockOpens),
         ("scan-evidence", Failpoint::ScanEvidence),
         ("fault-arrived", Failpoint::FaultArrived),
         ("broker-filled", Failpoint::BrokerFilled),
@@ -76,12 +88,14 @@ mod armed {
         delay_us: AtomicU32,
         /// Hits left until the process dies; 0: never.
         kill_in: AtomicU32,
+        hits: AtomicU32,
     }
 
     static ARMED: [Armed; Failpoint::ALL.len()] = [const {
         Armed {
             delay_us: AtomicU32::new(0),
             kill_in: AtomicU32::new(0),
+            hits: AtomicU32::new(0),
         }
     }; Failpoint::ALL.len()];
 
@@ -117,9 +131,15 @@ mod armed {
         Ok(())
     }
 
+    /// How often anybody came by this place.
+    pub fn hits(point: Failpoint) -> u32 {
+        ARMED[point as usize].hits.load(Ordering::SeqCst)
+    }
+
     /// Does what the test asked for at this place.
     pub fn hit(point: Failpoint) {
         let armed = &ARMED[point as usize];
+        armed.hits.fetch_add(1, Ordering::SeqCst);
         let delay = armed.delay_us.load(Ordering::Relaxed);
         if delay != 0 {
             let time = rustix::thread::Timespec {
@@ -135,7 +155,7 @@ mod armed {
 }
 
 #[cfg(feature = "mutants")]
-pub use armed::{configure, hit};
+pub use armed::{configure, hit, hits};
 
 /// Nothing, without the feature.
 #[cfg(not(feature = "mutants"))]

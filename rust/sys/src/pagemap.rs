@@ -94,8 +94,9 @@ impl Pagemap {
             .map_err(SysError::call("pread", "pagemap"))
     }
 
-    /// Finds the pages of a span that are not armed (`tracking.rs`), or were written since they were. An armed page is registered, has
-    /// memory, and was not written through this mapping.
+    /// Finds the pages of a span that are not armed (`tracking.rs`), or were written since they were, as far as a quick look tells: where
+    /// there is no page table it finds none, and what is being swapped or moved may pass for armed. For who reads pages again, not
+    /// for who takes it as proof.
     pub(crate) fn written(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), SysError> {
         found.reset(span.pages);
         // Nothing but this one category, both ways: the kernel then looks at nothing but the page table's entries, 5 ns a page
@@ -106,6 +107,23 @@ impl Pagemap {
             ..Ask::default()
         };
         self.walk(view, span, written, |pages, _| pages.for_each(|page| found.set(page)))
+            .map_err(SysError::call("ioctl(PAGEMAP_SCAN)", "pagemap"))
+    }
+
+    /// Finds the pages of a span that are armed: registered, with memory, and neither written through this mapping nor given back since.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub(crate) fn armed(&self, view: &View, span: Span, found: &mut Bits) -> Result<(), SysError> {
+        found.reset(span.pages);
+        let armed = Ask {
+            all_of: raw::PAGE_IS_WPALLOWED,
+            any_of: raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED,
+            none_of: raw::PAGE_IS_WRITTEN,
+            tell: raw::PAGE_IS_WPALLOWED,
+            ..Ask::default()
+        };
+        self.walk(view, span, armed, |pages, _| pages.for_each(|page| found.set(page)))
             .map_err(SysError::call("ioctl(PAGEMAP_SCAN)", "pagemap"))
     }
 

@@ -7,7 +7,8 @@
 
 use crate::ballast;
 use crate::error::SysError;
-use crate::holds::{Holds, remove_range};
+use crate::failpoint::{self, Failpoint};
+use crate::holds::{Holds, insert_range, remove_range};
 use crate::in_use::Alone;
 use crate::in_use::InUse;
 use crate::mapping::Mapping;
@@ -110,6 +111,7 @@ impl Region {
     }
 
     fn open_pages_alone(&self, parts: &Parts, holds: Option<&Holds>, span: Span) {
+        failpoint::hit(Failpoint::BlockOpens);
         parts.set(span, true);
         let none = Holds::default();
         let mut at = span.first;
@@ -146,8 +148,15 @@ impl Region {
         left.map_err(SysError::call("mmap", "freed block"))
     }
 
-    /// Takes pages out with their bytes, if they are still to: plain memory of their own again. `done` is called before they can be
-    /// opened again.
+    /// Returns when nobody opens pages who began before.
+    pub(crate) fn await_openings(&self) {
+        if let Some(parts) = &self.parts {
+            drop(parts.changing.alone());
+        }
+    }
+
+    /// Takes pages out with their bytes, if they are still to: plain memory of their own again, but for pinned pages, which are not
+    /// moved. `done` is called before they can be opened again, and told whether none of them lies over a slot.
     ///
     /// # Errors
     /// No memory for the copies; then they take part as before.
@@ -155,7 +164,7 @@ impl Region {
         &self,
         span: Span,
         still: impl FnOnce() -> bool,
-        done: impl FnOnce(),
+        done: impl FnOnce(bool),
     ) -> Result<(), SysError> {
         let Some(parts) = self.parts.as_ref().filter(|_| self.is_ours()) else {
             return Ok(());
@@ -165,16 +174,35 @@ impl Region {
             return Ok(());
         }
         parts.set(span, false);
-        let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_span(&view, span)));
+        let (pinned, free) = self.pinned_and_free(span, holds.as_deref());
+        let left = self.open(|mapping| {
+            mapping.with_scratch(|view| free.iter().try_for_each(|part| self.leave_span(&view, *part)))
+        });
         GIVEN_UP.fetch_add(1, Ordering::Relaxed);
+        let over_slot = |page| self.words.load(page).frame().is_some();
         match left.unwrap_or(Ok(())) {
-            Ok(()) => done(),
+            Ok(()) => done(!pinned.iter().any(|part| part.iter().any(over_slot))),
             Err(errno) => {
                 self.open_pages_alone(parts, holds.as_deref(), span);
                 return Err(SysError::call("mremap", "arena")(errno));
             }
         }
         Ok(())
+    }
+
+    /// The stretches of a span that are pinned, and those that are not. Whoever pins anything more waits.
+    fn pinned_and_free(&self, span: Span, holds: Option<&Holds>) -> (Vec<Span>, Vec<Span>) {
+        let (mut free, mut pinned) = (Vec::new(), Vec::new());
+        insert_range(&mut free, span.first.0..span.end().0);
+        for pin in holds.iter().flat_map(|holds| &holds.pins) {
+            let within = pin.start.max(span.first.0)..pin.end.min(span.end().0);
+            if within.start < within.end {
+                remove_range(&mut free, within.clone());
+                pinned.push(within);
+            }
+        }
+        let spans = |ranges: Vec<Range<u32>>| ranges.into_iter().map(span_of).collect();
+        (spans(pinned), spans(free))
     }
 
     /// Gives the memory of pages back that are out; they read as zeros. False where the kernel refuses, and they are as they were.
@@ -200,5 +228,12 @@ impl Region {
         if !holds.unadvised.is_empty() {
             remove_range(&mut holds.unadvised, span.first.0..span.end().0);
         }
+    }
+}
+
+fn span_of(pages: Range<u32>) -> Span {
+    Span {
+        first: Page(pages.start),
+        pages: pages.end - pages.start,
     }
 }

@@ -366,20 +366,22 @@ impl Region {
 
     /// Holds again what must stay held: `break_span` may have raced with a pin and reopened it.
     pub(crate) fn hold_again(&self, span: Span) {
-        // The lock before the gate, never the other way: whoever waits at the gate may hold it.
+        // The lock before the gate and before `in_use`, never the other way: whoever waits there may hold it.
         let holds = self.holds();
-        let _pass = Pass::enter();
-        for range in holds.unadvised.iter().chain(&holds.pins) {
-            let (start, end) = (range.start.max(span.first.0), range.end.min(span.end().0));
-            if start < end {
-                let part = Span {
-                    first: Page(start),
-                    pages: end - start,
-                };
-                // Their memory is their own already, so this needs none.
-                let _ = protocol::unmerge(&self.words, &self.view, part);
+        self.open(|_| {
+            let _pass = Pass::enter();
+            for range in holds.unadvised.iter().chain(&holds.pins) {
+                let (start, end) = (range.start.max(span.first.0), range.end.min(span.end().0));
+                if start < end {
+                    let part = Span {
+                        first: Page(start),
+                        pages: end - start,
+                    };
+                    // Their memory is their own already, so this needs none.
+                    let _ = protocol::unmerge(&self.words, &self.view, part);
+                }
             }
-        }
+        });
     }
 
     // For whoever wants to know.

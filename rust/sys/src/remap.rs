@@ -33,6 +33,7 @@ impl RemapTools {
     pub fn new() -> Result<RemapTools, SysError> {
         let mut testimony = Testimony::default();
         testimony.written.reset(MAX_RUN as u32);
+        testimony.armed.reset(MAX_RUN as u32);
         Ok(RemapTools {
             pane: Pane::reserve()?,
             claims: Claims::new(),
@@ -139,7 +140,7 @@ impl Region {
             self.open(|_| self.break_merged(span))
         };
         if let Some(Ok(_)) = broken {
-            self.open(|_| self.hold_again(span));
+            self.hold_again(span);
         }
         broken
     }

@@ -1,8 +1,8 @@
 //! The kernel as a merge's witness: what it tracks as unwritten need not be compared within the freeze.
 //!
 //! Relies on dirty tracking (`tracking.rs`) and on PAGEMAP_SCAN (`pagemap.rs`): a page that the scanner armed, and that stays armed, was not
-//! written through this mapping, by the program or by a system call of its own, whatever swapping or compaction did to it; where the kernel
-//! loses count, the page is told as written. It vouches for nothing else, so an object, which others may write, has no witness. It arms
+//! written through this mapping, by the program or by a system call of its own, nor was its memory given back, whatever swapping or
+//! compaction did to it; where the kernel loses count, the page is told as written. It vouches for nothing else, so an object, which others may write, has no witness. It arms
 //! nothing itself, for the scanner would take what nobody read for read; and nobody arms while it watches, for to arm a page is to
 //! forget that it was written.
 
@@ -16,6 +16,8 @@ use crate::tracking::{Arming, Tracking};
 pub(crate) struct Testimony {
     /// The pages of a run that may have been written.
     pub(crate) written: Bits,
+    /// Those that are armed still, as the freeze has it.
+    pub(crate) armed: Bits,
     /// Pages that were not, over all runs.
     pub(crate) vouched: u64,
 }
@@ -64,14 +66,15 @@ impl Witness for Watch<'_> {
 
     fn written(&mut self, span: Span, mut tell: impl FnMut(Page)) -> bool {
         let Some(pagemap) = self.pagemap else { return false };
-        if pagemap.written(&self.view, span, &mut self.testimony.written).is_err() {
+        // Not who was written, but who is still armed: memory that was given back meanwhile, page table and all, was not written.
+        if pagemap.armed(&self.view, span, &mut self.testimony.armed).is_err() {
             return false;
         }
         for page in span.iter() {
-            if self.testimony.written.has(page.0 - span.first.0) {
-                tell(page);
-            } else {
+            if self.testimony.armed.has(page.0 - span.first.0) {
                 self.testimony.vouched += 1;
+            } else {
+                tell(page);
             }
         }
         true

@@ -91,6 +91,11 @@ impl Region {
         self.memory.is_unadvised()
     }
 
+    /// Whether its memory is a region no more.
+    pub fn is_ended(&self) -> bool {
+        self.memory.is_closed()
+    }
+
     /// Ends an adopted region: the memory is as its owner made it, with its bytes. Idempotent.
     ///
     /// # Errors

@@ -8,7 +8,9 @@ use super::room::UNIT;
 use crate::object::{EXTENT_SIZE, PAGE_SIZE};
 use crate::protocol::{Page, Span};
 use crate::region::Region;
+use core::alloc::Layout;
 use core::sync::atomic::{AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::alloc::alloc_zeroed;
 use std::ptr;
 use std::sync::Arc;
 
@@ -21,6 +23,8 @@ pub(super) enum Life {
     Lent,
     /// Lent, and taking part.
     Open,
+    /// Lent, and out of merging again, but for some pinned pages over slots, which could not be moved.
+    Out,
 }
 
 /// A block's word: its life, the pass in which it was lent, its pages.
@@ -39,6 +43,7 @@ impl Block {
             Life::Free => return Block::FREE,
             Life::Lent => 1,
             Life::Open => 2,
+            Life::Out => 3,
         };
         life | u64::from(self.pass) << 8 | u64::from(self.pages) << 32
     }
@@ -48,6 +53,7 @@ impl Block {
             life: match word & 3 {
                 1 => Life::Lent,
                 2 => Life::Open,
+                3 => Life::Out,
                 _ => Life::Free,
             },
             pass: (word >> 8) as u16,
@@ -65,22 +71,25 @@ pub(super) struct Arena {
     bytes: Box<[AtomicU64]>,
 }
 
-/// Zeros that need no memory before they are written.
-fn zeros(count: u32) -> Box<[AtomicU64]> {
-    let zeros = Box::into_raw(vec![0u64; count as usize].into_boxed_slice());
-    // SAFETY: a u64 and its atomic have one layout (there are 64-bit systems only), and the box is this function's own.
-    unsafe { Box::from_raw(zeros as *mut [AtomicU64]) }
+/// Zeros that need no memory before they are written; `None` where there is no room, for an allocator must not end its program.
+fn zeros(count: u32) -> Option<Box<[AtomicU64]>> {
+    let layout = Layout::array::<AtomicU64>(count as usize).ok().filter(|_| count > 0)?;
+    // SAFETY: the layout is of some size, and of a slice of that length, for which zeros are valid; the box is its only owner.
+    unsafe {
+        let start = alloc_zeroed(layout).cast::<AtomicU64>();
+        (!start.is_null()).then(|| Box::from_raw(ptr::slice_from_raw_parts_mut(start, count as usize)))
+    }
 }
 
 impl Arena {
-    pub(super) fn new(number: u32, region: Arc<Region>) -> Arena {
+    pub(super) fn new(number: u32, region: Arc<Region>) -> Option<Arena> {
         let pages = region.pages();
-        Arena {
+        Some(Arena {
             number,
             region,
-            blocks: zeros(pages),
-            bytes: zeros(pages),
-        }
+            blocks: zeros(pages)?,
+            bytes: zeros(pages)?,
+        })
     }
 
     /// Where the block that begins with this page begins.

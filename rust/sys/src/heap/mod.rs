@@ -6,7 +6,7 @@
 //! [`KEEP`]. A lent address is found in a table of 2 MiB units, without a lock.
 //!
 //! ```text
-//!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent
+//!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent, or Out if pinned
 //!             |  free: kept for the next               |  free: taken out of merging, fresh where it was merged
 //!             `------------------> bin or free run <---'
 //! ```
@@ -19,6 +19,7 @@ mod arena;
 mod room;
 
 use crate::error::SysError;
+use crate::failpoint::{self, Failpoint};
 use crate::fork;
 use crate::object::PAGE_SIZE;
 use crate::region::Region;
@@ -177,12 +178,13 @@ impl Heap {
     }
 
     fn add_arena(&mut self, pages: u32) -> Option<()> {
-        let region = (self.supply?.make)(pages)?;
-        let arena = Arc::new(Arena::new(self.next, region));
-        if !arena::publish(&arena) {
-            (self.supply?.end)(arena.region.clone());
+        let supply = self.supply?;
+        let region = (supply.make)(pages)?;
+        let arena = Arena::new(self.next, region.clone()).map(Arc::new);
+        let Some(arena) = arena.filter(arena::publish) else {
+            (supply.end)(region);
             return None;
-        }
+        };
         self.next += 1;
         self.room.give(place(&arena, 0), pages);
         self.arenas.insert(arena.number, arena);
@@ -302,11 +304,11 @@ pub fn free(address: usize) -> bool {
             arena.region.forget_pages(span);
             return true;
         }
-        Life::Open if arena.region.abandon_pages(span).is_err() => {
+        Life::Open | Life::Out if arena.region.abandon_pages(span).is_err() => {
             // Some of it shows frames, and there is no mapping to be had for anything else: its place is lost.
             return true;
         }
-        Life::Open => arena.region.forget_holds(span),
+        Life::Open | Life::Out => arena.region.forget_holds(span),
         Life::Lent if arena.region.has_holds() => arena.region.forget_holds(span),
         Life::Lent => {}
     }
@@ -326,56 +328,66 @@ pub fn free(address: usize) -> bool {
 
 /// A pass began, as the broker says: what was lent before it, and before the last look, takes part.
 pub fn pass_began(pass: u16) {
-    if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !OPENS.load(Ordering::Acquire) {
+    if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !blocks_take_part() {
         return;
     }
     for arena in arenas() {
-        open(&arena, |_, block| block.pass != pass);
+        open(&arena, blocks_take_part, |_, block| block.pass != pass);
     }
 }
 
 /// Has all that is lent take part at once, unless it was withdrawn.
 pub fn open_all() {
-    if !OPENS.load(Ordering::Acquire) {
+    if !blocks_take_part() {
         return;
     }
     for arena in arenas() {
-        open(&arena, |_, _| true);
+        open(&arena, blocks_take_part, |_, _| true);
     }
 }
 
-/// Has blocks take part at once that touch a range of an arena's addresses.
+/// Has blocks take part at once that touch a range of an arena's addresses, for the program asked for these.
 pub(crate) fn open_range(range: &Range<usize>) {
     for arena in arenas() {
-        open(&arena, |first, block| {
+        let asked = || true;
+        open(&arena, asked, |first, block| {
             let start = arena.address(first);
             start < range.end && range.start < start + block.pages as usize * PAGE_SIZE
         });
     }
 }
 
-fn open(arena: &Arena, chosen: impl Fn(u32, Block) -> bool) {
+fn blocks_take_part() -> bool {
+    OPENS.load(Ordering::Acquire)
+}
+
+fn open(arena: &Arena, wanted: impl Fn() -> bool, chosen: impl Fn(u32, Block) -> bool) {
     for (first, block) in arena.lent() {
-        if block.life == Life::Lent && chosen(first, block) {
-            arena
-                .region
-                .open_pages_if(span(first, block.pages), || arena.advance(first, block, Life::Open));
+        if matches!(block.life, Life::Lent | Life::Out) && chosen(first, block) {
+            failpoint::hit(Failpoint::BlockChosen);
+            // Asked where a withdrawal waits: after it, nobody begins.
+            arena.region.open_pages_if(span(first, block.pages), || {
+                let wanted = wanted();
+                failpoint::hit(Failpoint::BlockWanted);
+                wanted && arena.advance(first, block, Life::Open)
+            });
         }
     }
 }
 
-/// From now on nothing that is lent takes part, and nothing of it is merged any more.
+/// From now on nothing that is lent takes part, and nothing of it is merged any more. Pinned pages stay where they are.
 ///
 /// # Errors
 /// No memory for the copies; some of it may still be merged.
 pub fn withdraw_all() -> Result<(), SysError> {
     OPENS.store(false, Ordering::Release);
     for arena in arenas() {
+        arena.region.await_openings();
         for (first, block) in arena.lent().filter(|(_, block)| block.life == Life::Open) {
             let still = || arena.block(first) == block;
             // Whoever frees it meanwhile waits until this is done.
-            let done = || {
-                arena.advance(first, block, Life::Lent);
+            let done = |is_plain| {
+                arena.advance(first, block, if is_plain { Life::Lent } else { Life::Out });
             };
             arena.region.withdraw_pages_if(span(first, block.pages), still, done)?;
         }
@@ -409,4 +421,32 @@ pub fn held() -> Held {
         }
     }
     held
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page_table::ClientTable;
+
+    fn make(pages: u32) -> Option<Arc<Region>> {
+        static TABLE: std::sync::OnceLock<ClientTable> = std::sync::OnceLock::new();
+        let table = TABLE.get_or_init(|| ClientTable::create(8 * ARENA).unwrap().0);
+        Region::arena(table, pages).ok().map(Arc::new)
+    }
+
+    /// Their addresses are anybody's next.
+    #[test]
+    fn ended_arenas_are_found_no_more() {
+        fork::begin_life(|| ()).unwrap();
+        let end = |arena: Arc<Region>| arena.close();
+        assert!(begin(Supply { make, end }));
+        let blocks = [(); IDLE + 3].map(|()| lend(ARENA as usize * PAGE_SIZE).unwrap().address);
+        assert!(blocks.iter().all(|address| lent(*address).is_some() && free(*address)));
+        // SAFETY: of what is found only that it is.
+        let found = blocks
+            .iter()
+            .filter(|address| unsafe { arena::find(**address) }.is_some());
+        assert_eq!(found.count(), IDLE);
+        assert_eq!(held().arenas, IDLE * ARENA as usize * PAGE_SIZE);
+    }
 }

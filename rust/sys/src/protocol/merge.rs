@@ -139,6 +139,7 @@ pub fn merge_run<W: Words, M: Memory>(
         ask(witness, run.span, claims);
     }
 
+    failpoint::hit(Failpoint::MergeCompared);
     claim_run(words, &run, claims, verdicts);
     failpoint::hit(Failpoint::MergeFreezing);
     let mut trouble = freeze_won(words, memory, &run, claims, verdicts);

@@ -198,7 +198,10 @@ pub struct Frames {
 
 impl Frames {
     pub fn of(tracked: &Tracked) -> Frames {
-        let pages = tracked.region.pages();
+        Frames::of_pages(tracked.region.pages())
+    }
+
+    pub fn of_pages(pages: u32) -> Frames {
         let store = Store::with_slots(pages.max(UNIT)).unwrap();
         let (staging, fd) = Staging::create().unwrap();
         let view = StagingView::open(&fd).unwrap();

@@ -1,0 +1,44 @@
+"""Programs whose arrays are all in mergeable memory, for the tests of `merge_process`.
+
+Each runs in a child, for what `merge_process` does to NumPy cannot be undone. What merged is read from the child's own
+counters, what was saved from its PSS.
+"""
+
+from __future__ import annotations
+
+from textwrap import dedent
+
+from children import TESTS, run
+
+BUILD = TESTS.parent / "target" / "mutants"
+
+PRELUDE = """
+    import asyncio, contextvars, re
+    from concurrent.futures import ThreadPoolExecutor
+    from pathlib import Path
+    from ksmrs import _ksmrs
+    PAGE, MIB = 4096, 1 << 20
+    def is_lent(array):
+        return _ksmrs.is_lent(array.__array_interface__["data"][0])
+    def chance(seed, nbytes=MIB):
+        return np.frombuffer(np.random.default_rng(seed).bytes(nbytes), np.uint8)
+    def merging():
+        # Counters change with a look at every page.
+        ksmrs.merge(60)
+        return ksmrs.process_stats().ksm_merging_pages
+    def pss():
+        return int(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1]) << 10
+"""
+
+
+def program(text: str, *, on: bool = True, failpoints: str = "") -> str:
+    """Run a program with what the tests here use, the program's arrays in mergeable memory from the start.
+
+    With failpoints it runs in the build that has them.
+    """
+    begin = "ksmrs.merge_process(True)\n" if on else ""
+    return run(
+        dedent(PRELUDE) + begin + dedent(text),
+        PYTHONPATH=f"{BUILD}:{TESTS}" if failpoints else str(TESTS),
+        KSMRS_FAILPOINTS=failpoints,
+    )
