@@ -34,6 +34,8 @@ class Stats:
     """Pages that smart_scan passed over."""
     pages_scanned: int = 0
     """Pages looked at, ever."""
+    pages_scanned_again: int = 0
+    """Pages looked at once more before their pass was over, ever; pages_scanned has them too."""
     full_scans: int = 0
     """Passes over all regions."""
     pages_to_scan: int = 0

@@ -41,7 +41,7 @@ impl Domain {
     fn counters(&self) -> Counters {
         let stats = self.core.stats();
         let mut counters: Counters = counters!(stats; pages_shared, pages_sharing, pages_unshared, pages_volatile,
-            pages_skipped, pages_scanned, full_scans, stable_node_chains, stable_node_dups, ksm_zero_pages, cow_ksm, frames,
+            pages_skipped, pages_scanned, pages_scanned_again, full_scans, stable_node_chains, stable_node_dups, ksm_zero_pages, cow_ksm, frames,
             frames_huge, saved_bytes, regions, clients, clients_unplanned, pages_proposed, merges, pages_migrated,
             pages_unmerged_by_budget, pages_unmerged_in_huge_pages, regions_rested, pages_disbelieved, references_in_limbo);
         counters.push(("general_profit".to_owned(), stats.general_profit));

@@ -10,8 +10,9 @@ use crate::order::OrderId;
 use crate::page::PageNumber;
 use crate::region::{ClientId, RegionId};
 use crate::stats::in_tree;
+use std::collections::VecDeque;
 
-/// Where the scan, or run=2, goes on.
+/// Where run=2 goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cursor {
     /// Index into the client's regions.
@@ -25,7 +26,10 @@ pub(crate) struct Client {
     pub regions: Vec<RegionId>,
     /// The latest epoch it gave something up in.
     pub epoch: Epoch,
-    pub scan: Cursor,
+    /// Index of the region at which the pass goes on.
+    pub scan: usize,
+    /// Regions that are looked at ahead of the pass, in turn.
+    pub ahead: VecDeque<RegionId>,
     /// The cursor reached the end in this pass.
     pub scanned: bool,
     pub unmap: Cursor,
@@ -55,10 +59,12 @@ pub(crate) struct Client {
     pub pages: u64,
     /// Counted as having work left in this pass.
     pub in_pass: bool,
+    /// Counted as having regions left that the pass has not come by.
+    pub unscanned: bool,
     /// Open orders counted as active.
     pub active: u32,
     /// Whether it is queued, per queue.
-    pub queued: [bool; 3],
+    pub queued: [bool; 4],
 }
 
 impl Client {
@@ -70,6 +76,7 @@ impl Client {
     /// Bytes spent on it.
     pub(crate) fn bytes(&self) -> usize {
         let lists = self.regions.capacity() * size_of::<RegionId>()
+            + self.ahead.capacity() * size_of::<RegionId>()
             + self.maps.capacity() * size_of::<(PageNumber, Slot)>()
             + self.stages.capacity() * size_of::<(PageNumber, FoundingId)>();
         in_tree::<(ClientId, Client)>() + lists

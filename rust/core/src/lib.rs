@@ -5,12 +5,13 @@
 //! [`Next`]; time comes in as the duration since the driver began. It is one domain; nothing crosses domains.
 //!
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `record`, `frame`, `rmap` and `limbo`
-//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `plan` and
-//! `pace` (with `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
+//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `ahead`, `plan` and
+//! `pace` (with `idle` and `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
 mod advisor;
+mod ahead;
 mod answer;
 mod born;
 mod checksum;
@@ -18,6 +19,7 @@ mod client;
 mod decide;
 mod founding;
 mod frame;
+mod idle;
 mod limbo;
 mod member;
 mod migrate;
@@ -51,8 +53,10 @@ pub use stats::{METADATA_PER_PAGE, PAGE_SIZE, ProcessStats, Stats};
 pub use tunables::{AdvisorMode, TunableError, Tunables};
 
 use advisor::Advisor;
+use ahead::Ahead;
 use client::Client;
 use founding::{FoundingId, Foundings};
+use idle::Idle;
 use migrate::Migration;
 use order::{Orders, Task};
 use pace::Pace;
@@ -71,6 +75,7 @@ pub(crate) enum Queue {
     Scan = 0,
     Stage = 1,
     Remap = 2,
+    Ahead = 3,
 }
 
 /// One domain's decisions.
@@ -101,11 +106,17 @@ pub struct Core {
     orders: Orders,
     pace: Pace,
     advisor: Advisor,
+    idle: Idle,
+    /// Counters when the pass began.
+    at_pass: Events,
     migration: Migration,
     events: Events,
-    queues: [VecDeque<ClientId>; 3],
+    queues: [VecDeque<ClientId>; 4],
     /// Clients with work left in this pass.
     in_pass: u32,
+    /// Clients that the pass has not come to the end of.
+    unscanned: u32,
+    ahead: Ahead,
     /// Orders that planned clients owe.
     active: u32,
     /// Proposals that have not left yet.
@@ -131,10 +142,14 @@ impl Core {
             orders: Orders::default(),
             pace: Pace::default(),
             advisor: Advisor::default(),
+            idle: Idle::default(),
+            at_pass: Events::default(),
             migration: Migration::default(),
             events: Events::default(),
             queues: Default::default(),
             in_pass: 0,
+            unscanned: 0,
+            ahead: Ahead::default(),
             active: 0,
             waiting_maps: 0,
             unmerge_again: None,
@@ -145,6 +160,7 @@ impl Core {
     /// taken too, and there are no pauses. Works with `run=0`; with `run=2` it ends at once.
     pub fn request_merge(&mut self, now: Duration) -> MergeTicket {
         self.now = self.now.max(now);
+        self.disturb();
         self.pace.request(self.now, self.events.merges, self.events.scanned)
     }
 
@@ -164,6 +180,13 @@ impl Core {
         self.advisor.spend(cpu);
     }
 
+    /// Nothing is idle any more.
+    fn disturb(&mut self) {
+        self.idle.disturb();
+        let soon = self.now + self.pause();
+        self.pace.wake = self.pace.wake.map(|wake| wake.min(soon));
+    }
+
     /// Sets a knob.
     ///
     /// # Errors
@@ -176,6 +199,7 @@ impl Core {
             pages_proposed: self.pages_proposed(),
         };
         self.tunables.set(knob, value, in_use)?;
+        self.disturb();
         if nodes != self.tunables.nodes_count() {
             self.drop_candidates();
         }
@@ -215,6 +239,7 @@ impl Core {
             pages_volatile: events.items.saturating_sub(filed),
             pages_skipped: events.skipped,
             pages_scanned: events.scanned,
+            pages_scanned_again: events.again,
             full_scans: events.full_scans,
             stable_node_chains: u64::from(self.rmap.stable.chains()),
             stable_node_dups: u64::from(self.rmap.stable.dups()),
@@ -274,7 +299,7 @@ impl Core {
         let trees = stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
         let clients: usize = self.clients.values().map(Client::bytes).sum();
         let members = clients + self.regions.bytes();
-        members + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
+        members + self.ahead.bytes() + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
     }
 
     /// Slots of the store that cannot be taken now: filled, being filled, or covered by a page.
@@ -306,12 +331,15 @@ impl Core {
         };
         self.in_pass = self.in_pass - u32::from(client.in_pass) + u32::from(in_pass);
         self.active = self.active - client.active + active;
-        (client.in_pass, client.active) = (in_pass, active);
+        let unscanned = planned && !client.scanned;
+        self.unscanned = self.unscanned - u32::from(client.unscanned) + u32::from(unscanned);
+        (client.in_pass, client.active, client.unscanned) = (in_pass, active, unscanned);
         let unmerging = self.tunables.run == tunables::run::UNMERGE && client.merged + client.zero > 0;
         let wants = [
             !client.scanned && client.scanner.is_none(),
             !client.stages.is_empty() && client.scanner.is_none(),
             (!client.maps.is_empty() || unmerging && !client.rests) && client.remapper.is_none(),
+            !client.ahead.is_empty() && client.scanner.is_none(),
         ];
         for (queue, wanted) in wants.into_iter().enumerate() {
             if planned && wanted && !client.queued[queue] {
