@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 pub use message::*;
 
 /// Raised with every change that an older peer could misread. It is part of the socket's name too.
-pub const VERSION: u8 = 4;
+pub const VERSION: u8 = 5;
 /// The longest datagram.
 pub const MAX_DATAGRAM: usize = 64 * 1024;
 /// Runs or ranges in one order: 2048 runs take 26 KiB at most.
@@ -354,7 +354,7 @@ mod tests {
         let worst = ToBroker::Mapped {
             order: u32::MAX,
             outcomes: outcomes.collect(),
-            vmas: u32::MAX,
+            cpu_micros: u32::MAX,
         };
         assert!(encode(&worst).is_ok(), "the longest answer fits a datagram");
         let long = ToBroker::Ask {

@@ -3,6 +3,7 @@
 //! A client does two things at a time, like its two threads: one order for the scanner (Scan, Stage) and one for the remapper
 //! (Map, Unmap), so never more than two are open. Never talks to anybody.
 
+use crate::ceiling::Account;
 use crate::founding::FoundingId;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
@@ -47,6 +48,8 @@ pub(crate) struct Client {
     pub maps: Vec<(PageNumber, Slot)>,
     /// Pages to be copied out.
     pub stages: Vec<(PageNumber, FoundingId)>,
+    /// CPU time that its threads took.
+    pub account: Account,
     /// VMAs that merging may add.
     pub budget: Option<u32>,
     /// Boundaries between neighbours inside its regions that need a VMA each.

@@ -6,7 +6,7 @@
 
 use crate::ahead::EXTRA;
 use crate::founding::FoundingId;
-use crate::order::{Decision, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
+use crate::order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
 use crate::region::ClientId;
 use crate::tunables::run;
@@ -41,6 +41,7 @@ impl Core {
             }
             self.unplan(client);
         }
+        self.let_go(false);
         if let Some((first, pages)) = self.rmap.next_punch() {
             return Next::Do(Decision::Punch { first, pages });
         }
@@ -83,6 +84,12 @@ impl Core {
         deadline
             .into_iter()
             .chain(self.unmerge_again)
+            .chain(
+                self.held
+                    .first()
+                    .map(|&(until, _)| until)
+                    .filter(|_| self.has_ceilings()),
+            )
             .min()
             .map_or(Next::Idle, Next::WaitUntil)
     }
@@ -123,7 +130,12 @@ impl Core {
             pages: 0,
         };
         let region_of = |page| self.regions.of(page).map_or(nowhere, |region| region.range);
-        let plan = plan::choose(&self.pages, plan::runs(&proposals, region_of), vmas);
+        let most = if self.has_ceilings() {
+            MAX_SCAN_PAGES
+        } else {
+            MAX_MAP_PAGES
+        };
+        let plan = plan::choose(&self.pages, plan::runs(&proposals, region_of), vmas, most);
         let each = |runs: &[Run]| runs.iter().flat_map(|run| run.iter()).collect::<Vec<_>>();
         let over_budget = each(&plan.over_budget);
         self.events.over_budget += over_budget.len() as u64;

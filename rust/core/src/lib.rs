@@ -14,6 +14,7 @@ mod advisor;
 mod ahead;
 mod answer;
 mod born;
+mod ceiling;
 mod checksum;
 mod client;
 mod decide;
@@ -64,7 +65,7 @@ use page::{Mark, Pages, Place};
 use region::Regions;
 use rmap::Rmap;
 use stats::Events;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 use tunables::InUse;
 use unstable::UnstableTree;
@@ -117,6 +118,8 @@ pub struct Core {
     /// Clients that the pass has not come to the end of.
     unscanned: u32,
     ahead: Ahead,
+    /// Clients at their ceiling, and until when.
+    held: BTreeSet<(Duration, ClientId)>,
     /// Orders that planned clients owe.
     active: u32,
     /// Proposals that have not left yet.
@@ -150,6 +153,7 @@ impl Core {
             in_pass: 0,
             unscanned: 0,
             ahead: Ahead::default(),
+            held: BTreeSet::new(),
             active: 0,
             waiting_maps: 0,
             unmerge_again: None,
@@ -174,8 +178,8 @@ impl Core {
         self.pace.cancel(ticket);
     }
 
-    /// CPU time that scanning and merging in this domain took: the driver's own, and what clients report of theirs. The advisor
-    /// weighs it when the pass ends.
+    /// CPU time of the driver's own that scanning and merging in this domain took; what clients report of theirs is told
+    /// [`Core::client_spent`]. The advisor weighs it when the pass ends.
     pub fn spent(&mut self, cpu: Duration) {
         self.advisor.spend(cpu);
     }
@@ -192,7 +196,11 @@ impl Core {
     /// # Errors
     /// [`TunableError`]; nothing changes then.
     pub fn set(&mut self, knob: &str, value: &str) -> Result<(), TunableError> {
-        let (before, mode) = (self.tunables.run, self.tunables.advisor_mode);
+        let (before, mode, ceiling) = (
+            self.tunables.run,
+            self.tunables.advisor_mode,
+            self.tunables.client_max_cpu,
+        );
         let nodes = self.tunables.nodes_count();
         let in_use = InUse {
             pages_shared: u64::from(self.rmap.shared),
@@ -200,6 +208,9 @@ impl Core {
         };
         self.tunables.set(knob, value, in_use)?;
         self.disturb();
+        if ceiling != self.tunables.client_max_cpu {
+            self.let_go(true);
+        }
         if nodes != self.tunables.nodes_count() {
             self.drop_candidates();
         }
@@ -252,6 +263,7 @@ impl Core {
             regions: self.regions.private + self.regions.shared,
             regions_shared: self.regions.shared,
             clients: self.clients.len() as u64,
+            clients_at_max_cpu: self.clients_held(),
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
             pages_proposed: self.pages_proposed(),
             merges: events.merges,
@@ -290,6 +302,8 @@ impl Core {
             ksm_merging_pages: client.merged,
             ksm_zero_pages: client.zero,
             ksm_process_profit: stats::profit(client.merged + client.zero, client.items),
+            cpu_milliseconds: client.cpu(),
+            times_at_max_cpu: client.account.holds,
         }
     }
 
@@ -314,6 +328,7 @@ impl Core {
 
     /// Brings the queues and counts in line with what a client can do now; called after each change of a client.
     fn refresh(&mut self, id: ClientId) {
+        let has_ceilings = self.has_ceilings();
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
@@ -341,8 +356,9 @@ impl Core {
             (!client.maps.is_empty() || unmerging && !client.rests) && client.remapper.is_none(),
             !client.ahead.is_empty() && client.scanner.is_none(),
         ];
+        let asked = planned && !(has_ceilings && client.account.is_held());
         for (queue, wanted) in wants.into_iter().enumerate() {
-            if planned && wanted && !client.queued[queue] {
+            if asked && wanted && !client.queued[queue] {
                 client.queued[queue] = true;
                 self.queues[queue].push_back(id);
             }
@@ -351,10 +367,12 @@ impl Core {
 
     /// The next client of a queue that is still there and planned.
     fn dequeue(&mut self, queue: Queue) -> Option<ClientId> {
+        let has_ceilings = self.has_ceilings();
         while let Some(id) = self.queues[queue as usize].pop_front() {
             if let Some(client) = self.clients.get_mut(&id) {
                 client.queued[queue as usize] = false;
-                if client.is_planned() {
+                // Who is held comes back when it is let go.
+                if client.is_planned() && !(has_ceilings && client.account.is_held()) {
                     return Some(id);
                 }
             }

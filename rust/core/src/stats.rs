@@ -54,6 +54,8 @@ pub struct Stats {
     pub regions_shared: u64,
     /// Clients.
     pub clients: u64,
+    /// Clients of which nothing is asked now, since they spent their share of CPU time (`client_max_cpu`).
+    pub clients_at_max_cpu: u64,
     /// Clients that owe an answer for too long, or are lost, and are left out of planning.
     pub clients_unplanned: u64,
     /// Pages that were offered a frame and did not answer yet.
@@ -85,6 +87,10 @@ pub struct ProcessStats {
     pub ksm_zero_pages: u64,
     /// Bytes saved less bytes of metadata, as if every merged page were saved.
     pub ksm_process_profit: i64,
+    /// CPU time that its scanner and remapper took, as it says.
+    pub cpu_milliseconds: u64,
+    /// Times that nothing was asked of it for a while, for it had taken `client_max_cpu`.
+    pub times_at_max_cpu: u64,
 }
 
 /// Events, counted where they happen.

@@ -80,7 +80,12 @@ impl Scene {
     }
 
     fn step(&mut self) {
-        match self.core.next(self.clients.now) {
+        let next = self.core.next(self.clients.now);
+        self.obey(next);
+    }
+
+    fn obey(&mut self, next: Next) {
+        match next {
             Next::Do(Decision::Scan {
                 order, pass, ranges, ..
             }) => {
@@ -225,4 +230,95 @@ fn idle_memory_is_looked_at_rarely_until_something_happens() {
     assert!(passes_in(&mut scene, 10 * second) >= 50, "it is seen after a second");
     scene.core.set("advisor_mode", "none").unwrap();
     assert!(passes_in(&mut scene, 60 * second) >= 60 * 2, "as the kernel does");
+}
+
+/// Two clients that are scanned without a pause, each page for 2 us: what the first spent, and when, and all of it by the second.
+fn spending(ceiling: &str, mut on_request: bool, time: Duration) -> (Vec<(Duration, Duration)>, Duration) {
+    let mut scene = Scene::new(8 * WINDOW);
+    for (knob, value) in [
+        ("smart_scan", "0"),
+        ("pages_to_scan", "1000000"),
+        ("sleep_millisecs", "0"),
+        ("client_max_cpu", ceiling),
+    ] {
+        scene.core.set(knob, value).unwrap();
+    }
+    scene.join(8 * WINDOW);
+    scene.join_pair();
+    let (mut spent, mut other) = (Vec::new(), Duration::ZERO);
+    while scene.clients.now < time {
+        if on_request && scene.core.stats().clients_at_max_cpu > 0 {
+            on_request = false;
+            scene.core.request_merge(scene.clients.now);
+            scene.core.set("run", "0").unwrap();
+        }
+        let next = scene.core.next(scene.clients.now);
+        let client = match &next {
+            Next::Do(Decision::Scan { client, .. } | Decision::Map { client, .. }) => Some(*client),
+            _ => None,
+        };
+        let pages: u32 = match &next {
+            Next::Do(Decision::Scan { ranges, .. }) => ranges.iter().map(|range| range.pages).sum(),
+            Next::Do(Decision::Map { runs, .. }) => runs.iter().map(|run| u32::from(run.pages)).sum(),
+            Next::Idle => break,
+            _ => 0,
+        };
+        scene.obey(next);
+        if let Some(client) = client {
+            let cpu = Duration::from_micros(2) * pages;
+            // Both have a processor to themselves, which is free again when its order is done.
+            scene.clients.now += cpu / 2;
+            scene.core.client_spent(client, cpu, scene.clients.now);
+            match client {
+                ClientId(1) => spent.push((scene.clients.now, cpu)),
+                _ => other += cpu,
+            }
+        }
+    }
+    (spent, other)
+}
+
+/// The most that was spent in any second.
+fn in_a_second(spent: &[(Duration, Duration)]) -> Duration {
+    let in_second = |from: Duration| -> Duration {
+        let inside = spent
+            .iter()
+            .filter(|(at, _)| (from..from + Duration::from_secs(1)).contains(at));
+        inside.map(|&(_, cpu)| cpu).sum()
+    };
+    spent.iter().map(|&(at, _)| in_second(at)).max().unwrap_or_default()
+}
+
+#[test]
+fn no_client_takes_more_than_its_ceiling_in_the_background() {
+    let time = Duration::from_secs(8);
+    let order = Duration::from_micros(2) * 8192;
+    let (free, _) = spending("200", false, Duration::from_millis(1100));
+    assert!(
+        in_a_second(&free) > Duration::from_millis(500),
+        "{:?}",
+        in_a_second(&free)
+    );
+    for ceiling in [5, 10, 30] {
+        let (spent, other) = spending(&ceiling.to_string(), false, time);
+        let most = Duration::from_millis(11 * u64::from(ceiling)) + order;
+        assert!(in_a_second(&spent) <= most, "{:?} at {ceiling} %", in_a_second(&spent));
+        let total: Duration = spent.iter().map(|&(_, cpu)| cpu).sum();
+        let whole = time * ceiling / 100;
+        assert!(
+            total > whole * 9 / 10 && total <= whole + order + whole / 10,
+            "{total:?} at {ceiling} %"
+        );
+        assert!(other > whole, "each has a ceiling of its own: {other:?}");
+    }
+}
+
+#[test]
+fn a_merge_on_request_waits_for_no_ceiling() {
+    let (spent, _) = spending("1", true, Duration::from_secs(10));
+    // Two rounds over its eight windows, at once.
+    let total: Duration = spent.iter().map(|&(_, cpu)| cpu).sum();
+    assert!(total >= Duration::from_micros(2) * (2 * 8 * WINDOW), "{total:?}");
+    let (first, last) = (spent.first().unwrap().0, spent.last().unwrap().0);
+    assert!(last - first < Duration::from_secs(1), "{:?}", last - first);
 }
