@@ -3,10 +3,10 @@
     python benches/idle.py [--mb 256] [--processes 4] [--seconds 60] [--settle 30] [--json]
 
 With default settings, once with processes that are connected and have no regions, once per kind of memory with the same data
-in each, all of it merged, that nobody touches any more. It is looked at after so many seconds of rest, for as many as are said. Wakeups
-are voluntary context switches, CPU time is that of schedstat, summed over a process's threads; of clients the figures are
-per process. The broker's memory is its RSS without the frame stores and its PSS, a part of which is its page tables' and trees'
-(metadata grows with pages, not with time). Every byte is verified at the end.
+in each, all of it merged, that nobody touches any more. Looked at is from `--settle` seconds after that on, for `--seconds`.
+Wakeups are voluntary context switches, CPU time is that of schedstat, summed over a process's threads; of clients the figures
+are per process. The broker's memory is its RSS without the frame stores, and its PSS; it grows with pages, not with time.
+Every byte is verified at the end.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({"mb": arguments.mb, "processes": arguments.processes, "figures": figures}, indent=2))
         return
-    print(f"{arguments.processes} clients with {arguments.mb} MiB each, all merged and untouched, {arguments.seconds} s")
+    print(
+        f"{arguments.processes} clients with {arguments.mb} MiB each, all merged and untouched, {arguments.seconds} s"
+    )
     for kind, found in figures.items():
         print(
             f"{kind:8} broker {found['broker_wakeups_per_second']:.1f} wakeups/s, {found['broker_cpu_percent']:.3f} % CPU, "

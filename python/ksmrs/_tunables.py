@@ -63,7 +63,8 @@ class Tunables:
     advisor_mode = _Knob(str, "Who sets pages_to_scan: 'none' or 'scan-time'.")
     advisor_max_cpu = _Knob(int, "Percent of one CPU at most, over the broker and all clients.")
     client_max_cpu = _Knob(
-        int, "Percent of one CPU at most that merging may take in each process in the background; not among the kernel's knobs."
+        int,
+        "Percent of one CPU at most that merging may take in each process in the background; not among the kernel's knobs.",
     )
     advisor_target_scan_time = _Knob(int, "Seconds that one pass should take.")
     advisor_min_pages_to_scan = _Knob(int, "Where the advisor starts.")

@@ -6,7 +6,7 @@
 //!
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `record`, `frame`, `rmap` and `limbo`
 //! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `ahead`, `plan` and
-//! `pace` (with `idle` and `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
+//! `pace` (with `idle`, `advisor` and `ceiling`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
