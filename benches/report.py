@@ -53,6 +53,8 @@ SCENARIOS = {
     "application": Scenario("application.py", (), ("--mb", "8", "--seconds", "0.5", "--rounds", "1")),
     "unique": Scenario("unique.py", (), ("--mb", "16", "--passes", "2")),
     "scan_clean": Scenario("scan_clean.py", (), ("--mb", "16", "--passes", "2")),
+    "idle": Scenario("idle.py", (), ("--mb", "8", "--processes", "2", "--seconds", "2", "--settle", "1")),
+    "cpu_ceiling": Scenario("cpu_ceiling.py", (), ("--mb", "16", "--seconds", "2", "--ceilings", "20")),
     "adopted_memory": Scenario("adopted_memory.py", (), ("--mb", "16", "--rounds", "1")),
     "allocator": Scenario("allocator.py", (), ("--rounds", "1")),
     "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
@@ -220,6 +222,36 @@ def unique(result: dict[str, Any]) -> list[Row]:
     return found
 
 
+def idle(result: dict[str, Any]) -> list[Row]:
+    """Of private and of shared memory; what clients without any cost is in the JSON."""
+    figures = result["figures"]
+    units = {
+        "broker_wakeups_per_second": ("the broker", "wakeups/s"),
+        "client_wakeups_per_second": ("a client", "wakeups/s"),
+        "broker_cpu_percent": ("the broker", "% of a CPU"),
+        "client_cpu_percent": ("a client", "% of a CPU"),
+        "broker_pss_mib": ("the broker", "MiB PSS"),
+    }
+    work = f"{result['processes']} x {result['mb']} MiB, merged and idle"
+    return [
+        Row(f"{work}: {who}", unit, private=figures["private"][name], shared=figures["shared"][name])
+        for name, (who, unit) in units.items()
+    ]
+
+
+def cpu_ceiling(result: dict[str, Any]) -> list[Row]:
+    figures = result["figures"]
+    return [
+        Row(
+            f"a client's scanner and remapper at client_max_cpu={ceiling}, busiest second",
+            "% of a CPU",
+            private=figures["private"][ceiling]["percent_in_a_second"],
+            shared=figures["shared"][ceiling]["percent_in_a_second"],
+        )
+        for ceiling in figures["private"]
+    ]
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
     """The table of DESIGN's targets, as far as they were measured."""
     found = []
@@ -262,6 +294,10 @@ def rows(results: dict[str, Any]) -> list[Row]:
         for kib, figures in sizes.items():
             unit = "of NumPy's time, 1.2 wanted" if name == "x + 1" else "of NumPy's time"
             found.append(Row(f"merge_process, {kib} KiB, {name}", unit, private=figures["ratio"]))
+    if "idle" in results:
+        found += idle(results["idle"])
+    if "cpu_ceiling" in results:
+        found += cpu_ceiling(results["cpu_ceiling"])
     for name, figures in results.get("scan_clean", {}).items():
         found.append(Row(f"scan unique pages again, {name}", "ns a page", private=figures["scanner_ns"]))
     return found

@@ -42,6 +42,8 @@ def test_a_quick_report_has_figures_and_turns_no_knob(tmp_path: Path) -> None:
         ("growth", "merge equal data, 64 to 512 MiB: CPU grows with the power"),
         ("read_merged", "sum, 16 MiB of 4 KiB pages, 2 reading, after merging"),
         ("application", "application, merging without pause: random writes, p99"),
+        ("idle", "2 x 8 MiB, merged and idle: the broker"),
+        ("cpu_ceiling", "a client's scanner and remapper at client_max_cpu=20, busiest second"),
     ],
 )
 def test_each_race_has_its_rows(name: str, row: str, tmp_path: Path) -> None:

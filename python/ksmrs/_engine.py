@@ -34,6 +34,8 @@ class Stats:
     """Pages that smart_scan passed over."""
     pages_scanned: int = 0
     """Pages looked at, ever."""
+    pages_scanned_again: int = 0
+    """Pages looked at once more before their pass was over, ever; pages_scanned has them too."""
     full_scans: int = 0
     """Passes over all regions."""
     pages_to_scan: int = 0
@@ -60,6 +62,8 @@ class Stats:
     """Regions opted in, over all clients."""
     clients: int = 0
     """Processes with a connection."""
+    clients_at_max_cpu: int = 0
+    """Clients of which nothing is asked for a moment, since they took their share of CPU time (`client_max_cpu`)."""
     clients_unplanned: int = 0
     """Clients that owe an answer for too long and are left out for now."""
     pages_proposed: int = 0
@@ -96,6 +100,10 @@ class ProcessStats:
     """Pages of zeros that need no memory."""
     ksm_process_profit: int = 0
     """Bytes saved less bytes of metadata, as the kernel counts it."""
+    cpu_milliseconds: int = 0
+    """CPU time that scanning and merging took in this process since it connected."""
+    times_at_max_cpu: int = 0
+    """Times that it was asked nothing for a while, for it had taken `client_max_cpu` percent of one CPU."""
     merges: int = 0
     """Pages of this process that were merged, ever."""
     breaks: int = 0

@@ -18,6 +18,7 @@ from ksmrs._engine import Stats
 COUNTERS = {
     "pages_skipped",
     "pages_scanned",
+    "pages_scanned_again",
     "full_scans",
     "cow_ksm",
     "merges",

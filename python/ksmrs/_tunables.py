@@ -62,6 +62,10 @@ class Tunables:
     smart_scan = _Knob(int, "Whether pages that never merged are looked at less often.")
     advisor_mode = _Knob(str, "Who sets pages_to_scan: 'none' or 'scan-time'.")
     advisor_max_cpu = _Knob(int, "Percent of one CPU at most, over the broker and all clients.")
+    client_max_cpu = _Knob(
+        int,
+        "Percent of one CPU at most that merging may take in each process in the background; not among the kernel's knobs.",
+    )
     advisor_target_scan_time = _Knob(int, "Seconds that one pass should take.")
     advisor_min_pages_to_scan = _Knob(int, "Where the advisor starts.")
     advisor_max_pages_to_scan = _Knob(int, "The advisor's upper limit.")

@@ -382,12 +382,27 @@ impl Conductor {
                     }
                     ToBroker::Scanned { order, counts } => {
                         tracing::trace!(client = id, order, ?counts, "scanned");
-                        domain.core.spent(session.claims.take(counts.cpu_micros, now));
+                        let cpu = session.claims.take(counts.cpu_micros, now);
+                        domain.core.client_spent(session.id, cpu, now);
                         domain.scanned(session, order, now)
                     }
-                    ToBroker::Staged { order, copied } => domain.staged(session, order, &copied),
-                    ToBroker::Mapped { order, outcomes, vmas } => {
-                        tracing::trace!(client = id, order, vmas, "mapped");
+                    ToBroker::Staged {
+                        order,
+                        copied,
+                        cpu_micros,
+                    } => {
+                        let cpu = session.claims.take(cpu_micros, now);
+                        domain.core.client_spent(session.id, cpu, now);
+                        domain.staged(session, order, &copied)
+                    }
+                    ToBroker::Mapped {
+                        order,
+                        outcomes,
+                        cpu_micros,
+                    } => {
+                        tracing::trace!(client = id, order, cpu_micros, "mapped");
+                        let cpu = session.claims.take(cpu_micros, now);
+                        domain.core.client_spent(session.id, cpu, now);
                         domain.mapped(session, order, &outcomes)
                     }
                     ToBroker::Unmapped { order, .. } => domain.unmapped(session, order),

@@ -41,8 +41,8 @@ impl Domain {
     fn counters(&self) -> Counters {
         let stats = self.core.stats();
         let mut counters: Counters = counters!(stats; pages_shared, pages_sharing, pages_unshared, pages_volatile,
-            pages_skipped, pages_scanned, full_scans, stable_node_chains, stable_node_dups, ksm_zero_pages, cow_ksm, frames,
-            frames_huge, frames_huge_declined, saved_bytes, regions, clients, clients_unplanned, pages_proposed, merges, pages_migrated,
+            pages_skipped, pages_scanned, pages_scanned_again, full_scans, stable_node_chains, stable_node_dups, ksm_zero_pages, cow_ksm, frames,
+            frames_huge, frames_huge_declined, saved_bytes, regions, clients, clients_at_max_cpu, clients_unplanned, pages_proposed, merges, pages_migrated,
             pages_unmerged_by_budget, pages_unmerged_in_huge_pages, regions_rested, pages_disbelieved, references_in_limbo);
         counters.push(("general_profit".to_owned(), stats.general_profit));
         counters.push(("pages_to_scan".to_owned(), self.core.tunables().pages_to_scan.into()));
@@ -55,7 +55,8 @@ impl Domain {
 
     fn client_counters(&self, client: ClientId) -> Counters {
         let stats = self.core.client_stats(client);
-        let mut counters: Counters = counters!(stats; ksm_rmap_items, ksm_merging_pages, ksm_zero_pages);
+        let mut counters: Counters = counters!(stats; ksm_rmap_items, ksm_merging_pages, ksm_zero_pages,
+            cpu_milliseconds, times_at_max_cpu);
         counters.push(("ksm_process_profit".to_owned(), stats.ksm_process_profit));
         counters
     }

@@ -356,7 +356,7 @@ mod tests {
         let worst = ToBroker::Mapped {
             order: u32::MAX,
             outcomes: outcomes.collect(),
-            vmas: u32::MAX,
+            cpu_micros: u32::MAX,
         };
         assert!(encode(&worst).is_ok(), "the longest answer fits a datagram");
         let long = ToBroker::Ask {

@@ -250,6 +250,7 @@ fn messages_out_of_order() {
             ToBroker::Staged {
                 order: 9999,
                 copied: Bits::All,
+                cpu_micros: 0,
             },
             "Staged for order 9999",
         ),
@@ -257,7 +258,7 @@ fn messages_out_of_order() {
             ToBroker::Mapped {
                 order: 9999,
                 outcomes: vec![],
-                vmas: 0,
+                cpu_micros: 0,
             },
             "Mapped for order 9999",
         ),
@@ -308,7 +309,7 @@ fn answers_of_the_wrong_shape() {
         client.send(ToBroker::Mapped {
             order,
             outcomes,
-            vmas: 0,
+            cpu_micros: 0,
         });
         dropped(
             &broker,
@@ -423,6 +424,7 @@ fn staging_that_does_not_hold_the_page_founds_no_frame() {
         liar.send(ToBroker::Staged {
             order,
             copied: Bits::All,
+            cpu_micros: 0,
         });
     }
     assert_eq!(bystander.counter("frames"), 0, "a frame of another content is no frame");

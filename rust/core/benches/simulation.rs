@@ -4,8 +4,10 @@
 //!
 //! The clients are programs in groups of a hundred. A stretch of 64 pages is, by a hash, the group's own (40 of 100: the same
 //! in all of its processes), a pair's (20), zeros (10), or unlike any other (30). Everybody answers at once and honestly, and time is what core
-//! says it would wait for, so all that is measured is core: the time within its methods, and what it allocates by its own count. Prints one
-//! JSON object. Needs about 20 bytes of memory per simulated page.
+//! says it would wait for, so all that is measured is core: the time within its methods, and what it allocates by its own count. At the end a
+//! newcomer with 10 GiB joins, and two with 64 MiB each, equal to one another, in the middle of a pass: how long until nine tenths of what the
+//! two can save is saved, and how long where they are alone, is told for the fewest and the most pages per batch that the advisor says by
+//! default; a page looked at takes half a microsecond then. Prints one JSON object. Needs about 36 bytes of memory per simulated page.
 #![allow(clippy::print_stdout, reason = "it is a program, and this its report")]
 
 use ksmrs_core::{
@@ -17,6 +19,8 @@ const GROUP: u32 = 100;
 const STRETCH: u32 = 64;
 const ZERO: Checksum = Checksum(0);
 const NEWCOMER_PAGES: u32 = 10 << 18;
+const LATECOMER_PAGES: u32 = 64 << 8;
+const LOOK: Duration = Duration::from_nanos(500);
 const NOWHERE: u32 = u32::MAX - 1;
 
 fn mixed(a: u64, b: u64) -> u64 {
@@ -38,9 +42,11 @@ fn content(client: u32, page: u32) -> Checksum {
     Checksum(mixed(owner, page.into()) & Checksum::MASK | 1)
 }
 
-/// One client's place among the page numbers.
+/// One client's place among the page numbers; `like` is whose content it has.
 #[derive(Clone, Copy)]
 struct Region {
+    like: u32,
+    merged: u32,
     first: PageNumber,
     pages: u32,
     looked_at: u32,
@@ -54,12 +60,14 @@ struct Simulation {
     regions: Vec<Region>,
     /// Slot per page number.
     slots: Vec<u32>,
-    /// Whose the page number is, and whether it was looked at before.
+    /// Whose the page number is, and the look in which its checksum took its value.
     owners: Vec<u32>,
-    seen: Vec<bool>,
+    since: Vec<u16>,
     frames: Vec<Checksum>,
     longest: Duration,
     unequal: u64,
+    /// What looking at a page takes of the clock.
+    look: Duration,
 }
 
 impl Simulation {
@@ -72,8 +80,29 @@ impl Simulation {
         answer
     }
 
-    fn join(&mut self, pages: u32) {
+    fn new(pages: u64, knobs: &[(&str, &str)]) -> Simulation {
+        let mut core = Core::new(u32::try_from(pages.min(1 << 31)).unwrap_or(1 << 31), ZERO);
+        for (knob, value) in knobs {
+            core.set(knob, value).expect("a valid knob");
+        }
+        Simulation {
+            core,
+            now: Duration::ZERO,
+            spent: Duration::ZERO,
+            regions: Vec::new(),
+            slots: Vec::new(),
+            owners: Vec::new(),
+            since: Vec::new(),
+            frames: Vec::new(),
+            longest: Duration::ZERO,
+            unequal: 0,
+            look: Duration::ZERO,
+        }
+    }
+
+    fn join(&mut self, pages: u32, like: Option<u32>) {
         let client = self.regions.len() as u32;
+        let like = like.unwrap_or(client);
         let id = ClientId(client);
         self.core.client_joined(id);
         let (_, first) = self
@@ -83,24 +112,32 @@ impl Simulation {
         if self.slots.len() < end {
             self.slots.resize(end, NOWHERE);
             self.owners.resize(end, u32::MAX);
-            self.seen.resize(end, false);
+            self.since.resize(end, 0);
         }
+        self.since[first.0 as usize..end].fill(0);
         self.owners[first.0 as usize..end].fill(client);
         self.regions.push(Region {
+            like,
             first,
             pages,
             looked_at: 0,
+            merged: 0,
         });
     }
 
     fn content(&self, page: PageNumber) -> Checksum {
         let client = self.owners[page.0 as usize];
-        content(client, page.0 - self.regions[client as usize].first.0)
+        let region = self.regions[client as usize];
+        content(region.like, page.0 - region.first.0)
     }
 
-    fn observe(&mut self, page: PageNumber) -> Observation {
+    fn observe(&mut self, page: PageNumber, look: u16) -> Observation {
         let index = page.0 as usize;
-        let changed = !std::mem::replace(&mut self.seen[index], true);
+        let since = &mut self.since[index];
+        if *since == 0 {
+            *since = look;
+        }
+        let changed = *since == look;
         match Slot(self.slots[index]) {
             Slot(NOWHERE) => Observation {
                 seen: Seen::Own,
@@ -127,6 +164,7 @@ impl Simulation {
             };
             if frame == self.content(page) {
                 self.slots[page.0 as usize] = slot.0;
+                self.regions[self.owners[page.0 as usize] as usize].merged += 1;
                 outcome.merged[i / 64] |= 1 << (i % 64);
             } else {
                 self.unequal += 1;
@@ -146,14 +184,19 @@ impl Simulation {
     fn carry_out(&mut self, decision: Decision) {
         match decision {
             Decision::Scan {
-                client, order, ranges, ..
+                client,
+                order,
+                pass,
+                ranges,
+                ..
             } => {
                 let observations: Vec<Observation> = ranges
                     .iter()
                     .flat_map(|range| range.iter())
-                    .map(|page| self.observe(page))
+                    .map(|page| self.observe(page, pass))
                     .collect();
                 self.regions[client.0 as usize].looked_at += observations.len() as u32;
+                self.now += self.look * observations.len() as u32;
                 let now = self.now;
                 self.timed(|core| core.scanned(order, Epoch(1), &observations, now));
             }
@@ -186,19 +229,37 @@ impl Simulation {
         }
     }
 
+    fn step(&mut self) -> bool {
+        let now = self.now;
+        match self.timed(|core| core.next(now)) {
+            Next::Do(decision) => self.carry_out(decision),
+            Next::WaitUntil(then) => self.now = then.max(now),
+            Next::Idle => return false,
+        }
+        true
+    }
+
+    /// Two equal clients join: how long until nine tenths of what they can save is saved, by the clock.
+    fn latecomers(&mut self) -> Duration {
+        let first = self.regions.len();
+        self.look = LOOK;
+        for _ in 0..2 {
+            self.join(LATECOMER_PAGES, Some(u32::MAX));
+        }
+        let began = self.now;
+        while self.regions[first..].iter().map(|region| region.merged).sum::<u32>() < LATECOMER_PAGES * 2 / 10 * 9 {
+            assert!(self.step(), "nothing to do: {:?}", self.core.stats());
+        }
+        self.look = Duration::ZERO;
+        self.now - began
+    }
+
     /// Goes on to the end of the pass, or until `stop` says so.
     fn pass(&mut self, stop: impl Fn(&Simulation) -> bool) -> Pass {
         let (scans, scanned) = (self.core.full_scans(), self.core.stats().pages_scanned);
         (self.spent, self.longest) = Default::default();
         let (simulated, began) = (self.now, Instant::now());
-        while self.core.full_scans() == scans && !stop(self) {
-            let now = self.now;
-            match self.timed(|core| core.next(now)) {
-                Next::Do(decision) => self.carry_out(decision),
-                Next::WaitUntil(then) => self.now = then.max(now),
-                Next::Idle => break,
-            }
-        }
+        while self.core.full_scans() == scans && !stop(self) && self.step() {}
         let stats = self.core.stats();
         let pages = stats.pages_scanned - scanned;
         Pass {
@@ -236,32 +297,38 @@ impl Pass {
     }
 }
 
+/// A newcomer with 10 GiB joins when a quarter of the pass is done, and then the two.
+fn latecomers(simulation: &mut Simulation, batch: &str) -> Duration {
+    simulation.pass(|_| false);
+    let all: u64 = simulation.regions.iter().map(|region| u64::from(region.pages)).sum();
+    let (before, quarter) = (simulation.core.stats(), all / 4);
+    simulation.pass(|simulation| {
+        let now = simulation.core.stats();
+        now.pages_scanned + now.pages_skipped - before.pages_scanned - before.pages_skipped >= quarter
+    });
+    simulation.core.set("pages_to_scan", batch).expect("a valid knob");
+    // What is left of the large batch is over when time goes on.
+    let then = simulation.now;
+    while simulation.now == then && simulation.step() {}
+    simulation.join(NEWCOMER_PAGES, None);
+    let wait = simulation.latecomers();
+    simulation.core.set("pages_to_scan", "1000000").expect("a valid knob");
+    wait
+}
+
 fn main() {
     let numbers: Vec<u32> = std::env::args().filter_map(|argument| argument.parse().ok()).collect();
     let clients = numbers.first().copied().unwrap_or(10_000);
     let each = numbers.get(1).copied().unwrap_or(26_844);
     let pages = u64::from(clients) * u64::from(each);
-    let mut simulation = Simulation {
-        core: Core::new(u32::try_from(pages.min(1 << 31)).unwrap_or(1 << 31), ZERO),
-        now: Duration::ZERO,
-        spent: Duration::ZERO,
-        regions: Vec::new(),
-        slots: Vec::new(),
-        owners: Vec::new(),
-        seen: Vec::new(),
-        frames: Vec::new(),
-        longest: Duration::ZERO,
-        unequal: 0,
-    };
-    for (knob, value) in [
+    let knobs = [
         ("advisor_mode", "none"),
         ("pages_to_scan", "1000000"),
         ("smart_scan", "0"),
-    ] {
-        simulation.core.set(knob, value).expect("a valid knob");
-    }
+    ];
+    let mut simulation = Simulation::new(pages, &knobs);
     for _ in 0..clients {
-        simulation.join(each);
+        simulation.join(each, None);
     }
     let mut passes = Vec::new();
     for name in ["first look", "candidates, merges", "steady", "steady again"] {
@@ -277,7 +344,7 @@ fn main() {
     // A newcomer with a hundred times the others' memory, looked at when half of the others are done.
     simulation.core.set("smart_scan", "0").expect("a valid knob");
     simulation.pass(|_| false);
-    simulation.join(NEWCOMER_PAGES);
+    simulation.join(NEWCOMER_PAGES, None);
     simulation.regions.iter_mut().for_each(|region| region.looked_at = 0);
     let newcomer = simulation.regions.len() - 1;
     let half = clients as usize / 2;
@@ -294,8 +361,17 @@ fn main() {
         looked_at[newcomer - 1],
         simulation.regions[newcomer].looked_at
     );
+    simulation.core.set("smart_scan", "1").expect("a valid knob");
+    let waits = ["500", "30000"].map(|batch| {
+        let wait = latecomers(&mut simulation, batch);
+        let mut alone = Simulation::new((2 * LATECOMER_PAGES).into(), &knobs);
+        alone.core.set("pages_to_scan", batch).expect("a valid knob");
+        let alone = alone.latecomers();
+        let (wait, alone) = (wait.as_secs_f64(), alone.as_secs_f64());
+        format!(r#"{{"pages_to_scan": {batch}, "seconds": {wait:.2}, "alone": {alone:.2}}}"#)
+    });
     println!(
-        r#"{{"clients": {clients}, "pages": {pages}, "gib": {:.1}, "pages_shared": {}, "pages_sharing": {}, "pages_unshared": {}, "ksm_zero_pages": {}, "proposals_unequal": {}, "passes": [{}], "pages_looked_at_when_half_is_done": {fairness}}}"#,
+        r#"{{"clients": {clients}, "pages": {pages}, "gib": {:.1}, "pages_shared": {}, "pages_sharing": {}, "pages_unshared": {}, "ksm_zero_pages": {}, "proposals_unequal": {}, "passes": [{}], "pages_looked_at_when_half_is_done": {fairness}, "latecomers_with_64_mib_save": [{}]}}"#,
         pages as f64 / f64::from(1 << 18),
         merged.pages_shared,
         merged.pages_sharing,
@@ -303,5 +379,6 @@ fn main() {
         merged.ksm_zero_pages,
         simulation.unequal,
         passes.join(", "),
+        waits.join(", "),
     );
 }

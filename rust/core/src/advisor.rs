@@ -71,6 +71,11 @@ impl Advisor {
         self.cpu = self.cpu.saturating_add(cpu);
     }
 
+    /// What this pass took so far.
+    pub(crate) fn spent(&self) -> Duration {
+        self.cpu
+    }
+
     /// A pass is over: `pages_to_scan` from now on, or `None` where the pass says nothing.
     pub(crate) fn end_pass(&mut self, now: Duration, tunables: &Tunables) -> Option<u32> {
         let since = self.since.filter(|_| !self.stood_still)?;

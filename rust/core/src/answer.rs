@@ -5,12 +5,13 @@
 //! be gone when its answer is read. Relies on the driver to have read the words after the report arrived; believes only what
 //! core itself proposed.
 
+use crate::ahead::Found;
 use crate::checksum::Checksum;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
-use crate::region::{ClientId, Region};
+use crate::region::{ClientId, Region, RegionId};
 use crate::{Core, tunables};
 use std::time::Duration;
 
@@ -90,19 +91,25 @@ impl Core {
     pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
         self.now = self.now.max(now);
         let is_scan = |task: &Task| matches!(task, Task::Scan { .. });
-        let Some((id, Task::Scan { ranges, nodes })) = self.close(order, is_scan) else {
+        let Some((id, Task::Scan { ranges, nodes, again })) = self.close(order, is_scan) else {
             return;
         };
+        if again {
+            self.events.again += observations.len() as u64;
+        }
         // Of an order that left before the knob changed, the checksums are others.
         let comparable = nodes == self.tunables.nodes_count();
         let epoch = self.raise_epoch(id, epoch);
         let mut observations = observations.iter();
         let (now, requested) = (self.now, self.pace.is_requested());
         let rests = |region: &Region| region.rests(now) && !requested;
+        let mut looked_at: Vec<RegionId> = Vec::new();
         for &range in &ranges {
             let region = self.regions.of(range.first).map(|region| (region.range, rests(region)));
+            let mut found = Found::default();
             for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
                 if let Some((region, rests)) = region {
+                    found.note(observation);
                     let checksum = observation.checksum.filter(|_| comparable);
                     let observation = Observation {
                         checksum,
@@ -111,8 +118,17 @@ impl Core {
                     self.observe(id, region, page, observation, epoch, rests);
                 }
             }
+            self.events.changed += u64::from(found.changed);
+            if let Some(region) = self.regions.found(range.first, &found)
+                && looked_at.last() != Some(&region)
+            {
+                looked_at.push(region);
+            }
         }
-        self.unpin(&Task::Scan { ranges, nodes });
+        for region in looked_at {
+            self.judge(region);
+        }
+        self.unpin(&Task::Scan { ranges, nodes, again });
         if self.pace.wake.is_some() {
             self.pace.wake = Some(self.now + self.pause());
         }

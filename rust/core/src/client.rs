@@ -3,6 +3,7 @@
 //! A client does two things at a time, like its two threads: one order for the scanner (Scan, Stage) and one for the remapper
 //! (Map, Unmap), so never more than two are open. Never talks to anybody.
 
+use crate::ceiling::Account;
 use crate::founding::FoundingId;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
@@ -10,8 +11,9 @@ use crate::order::OrderId;
 use crate::page::PageNumber;
 use crate::region::{ClientId, RegionId};
 use crate::stats::in_tree;
+use std::collections::VecDeque;
 
-/// Where the scan, or run=2, goes on.
+/// Where run=2 goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cursor {
     /// Index into the client's regions.
@@ -25,7 +27,10 @@ pub(crate) struct Client {
     pub regions: Vec<RegionId>,
     /// The latest epoch it gave something up in.
     pub epoch: Epoch,
-    pub scan: Cursor,
+    /// Index of the region at which the pass goes on.
+    pub scan: usize,
+    /// Regions that are looked at ahead of the pass, in turn.
+    pub ahead: VecDeque<RegionId>,
     /// The cursor reached the end in this pass.
     pub scanned: bool,
     pub unmap: Cursor,
@@ -43,6 +48,8 @@ pub(crate) struct Client {
     pub maps: Vec<(PageNumber, Slot)>,
     /// Pages to be copied out.
     pub stages: Vec<(PageNumber, FoundingId)>,
+    /// CPU time that its threads took.
+    pub account: Account,
     /// VMAs that merging may add.
     pub budget: Option<u32>,
     /// Boundaries between neighbours inside its regions that need a VMA each.
@@ -55,10 +62,12 @@ pub(crate) struct Client {
     pub pages: u64,
     /// Counted as having work left in this pass.
     pub in_pass: bool,
+    /// Counted as having regions left that the pass has not come by.
+    pub unscanned: bool,
     /// Open orders counted as active.
     pub active: u32,
     /// Whether it is queued, per queue.
-    pub queued: [bool; 3],
+    pub queued: [bool; 4],
 }
 
 impl Client {
@@ -70,6 +79,7 @@ impl Client {
     /// Bytes spent on it.
     pub(crate) fn bytes(&self) -> usize {
         let lists = self.regions.capacity() * size_of::<RegionId>()
+            + self.ahead.capacity() * size_of::<RegionId>()
             + self.maps.capacity() * size_of::<(PageNumber, Slot)>()
             + self.stages.capacity() * size_of::<(PageNumber, FoundingId)>();
         in_tree::<(ClientId, Client)>() + lists

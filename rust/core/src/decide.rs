@@ -4,12 +4,13 @@
 //! to stage for frames to be, and only then further scanning. Each call does a bounded amount of work. Relies on `plan.rs`,
 //! `scan.rs` and `pace.rs` for the choice; never believes anything, that is `answer.rs`.
 
+use crate::ahead::EXTRA;
 use crate::founding::FoundingId;
-use crate::order::{Decision, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
+use crate::order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
 use crate::region::ClientId;
 use crate::tunables::run;
-use crate::{Core, Queue, plan, scan};
+use crate::{Core, Queue, idle, plan, scan};
 use std::time::Duration;
 
 /// What the driver does now.
@@ -40,6 +41,7 @@ impl Core {
             }
             self.unplan(client);
         }
+        self.let_go(false);
         if let Some((first, pages)) = self.rmap.next_punch() {
             return Next::Do(Decision::Punch { first, pages });
         }
@@ -82,6 +84,12 @@ impl Core {
         deadline
             .into_iter()
             .chain(self.unmerge_again)
+            .chain(
+                self.held
+                    .first()
+                    .map(|&(until, _)| until)
+                    .filter(|_| self.has_ceilings()),
+            )
             .min()
             .map_or(Next::Idle, Next::WaitUntil)
     }
@@ -122,7 +130,12 @@ impl Core {
             pages: 0,
         };
         let region_of = |page| self.regions.of(page).map_or(nowhere, |region| region.range);
-        let plan = plan::choose(&self.pages, plan::runs(&proposals, region_of), vmas);
+        let most = if self.has_ceilings() {
+            MAX_SCAN_PAGES
+        } else {
+            MAX_MAP_PAGES
+        };
+        let plan = plan::choose(&self.pages, plan::runs(&proposals, region_of), vmas, most);
         let each = |runs: &[Run]| runs.iter().flat_map(|run| run.iter()).collect::<Vec<_>>();
         let over_budget = each(&plan.over_budget);
         self.events.over_budget += over_budget.len() as u64;
@@ -351,8 +364,11 @@ impl Core {
             if !requested && let Some(wake) = self.batch_over() {
                 return self.until(wake);
             }
-            while let Some(id) = self.dequeue(Queue::Scan) {
-                let decision = self.scan(id, requested);
+            if !requested {
+                self.call();
+            }
+            while let Some((id, ahead)) = self.next_to_scan(requested) {
+                let decision = self.scan(id, ahead, requested);
                 self.refresh(id);
                 if let Some(decision) = decision {
                     return Next::Do(decision);
@@ -375,13 +391,15 @@ impl Core {
             } else {
                 self.events.full_scans += 1;
                 self.choose_moves();
-                if self.tunables.is_advised()
-                    && let Some(pages) = self.advisor.end_pass(self.now, &self.tunables)
-                {
-                    self.tunables.pages_to_scan = pages;
+                let mut pause = self.pause();
+                if self.tunables.is_advised() {
+                    if let Some(pages) = self.advisor.end_pass(self.now, &self.tunables) {
+                        self.tunables.pages_to_scan = pages;
+                    }
+                    pause = pause.max(self.idle_pause());
                 }
                 self.pace.batch_left = 0;
-                self.pace.wake = Some(self.now + self.pause());
+                self.pace.wake = Some(self.now + pause);
             }
             if self.pace.is_requested() {
                 self.begin_round()
@@ -390,6 +408,16 @@ impl Core {
             }
         }
         self.until(self.now + RETRY)
+    }
+
+    fn idle_pause(&mut self) -> Duration {
+        let outcome = idle::Outcome {
+            looked_at: self.events.scanned - self.at_pass.scanned,
+            stirred: self.events.stirred_since(&self.at_pass),
+            cpu: self.advisor.spent(),
+        };
+        let longest = Duration::from_secs(self.tunables.advisor_target_scan_time.into());
+        self.idle.end_pass(&outcome, longest)
     }
 
     fn has_anything_to_scan(&self) -> bool {
@@ -425,8 +453,10 @@ impl Core {
     }
 
     fn begin_pass(&mut self) {
-        self.pass = self.pass.wrapping_add(1).max(1);
+        self.pass = (self.pass + 1) % EXTRA;
+        self.pass = self.pass.max(1);
         self.advisor.begin_pass();
+        self.at_pass = self.events;
         self.unstable.empty();
         self.each_client(|client| {
             client.scan = Default::default();
@@ -447,21 +477,30 @@ impl Core {
             .end_round(self.now, self.events.merges, self.events.scanned, nothing_to_scan);
     }
 
-    fn scan(&mut self, id: ClientId, requested: bool) -> Option<Decision> {
-        let client = self.clients.get_mut(&id)?;
-        if client.scanner.is_some() || client.scanned {
-            return None;
+    /// How many pages a client's turn has.
+    fn turn(&self, ahead: bool, requested: bool) -> u32 {
+        if requested {
+            return REQUESTED_SCAN;
         }
-        let share = (self.tunables.pages_to_scan / self.in_pass.max(1)).max(WINDOW);
-        let want = if requested {
-            REQUESTED_SCAN
-        } else if self.tunables.is_advised() && self.pace.batch_left > 0 {
-            // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
-            self.pace.batch_left.min(share).max(WINDOW)
+        let batch = self.tunables.pages_to_scan;
+        let share = if ahead {
+            batch / 2 / (self.queues[Queue::Ahead as usize].len() as u32 + 1)
         } else {
-            self.pace.batch_left.min(share)
+            batch / self.in_pass.max(1)
         };
-        if want == 0 {
+        let want = self.pace.batch_left.min(share.max(WINDOW));
+        if self.tunables.is_advised() && want > 0 {
+            // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
+            want.max(WINDOW)
+        } else {
+            want
+        }
+    }
+
+    fn scan(&mut self, id: ClientId, ahead: bool, requested: bool) -> Option<Decision> {
+        let want = self.turn(ahead, requested);
+        let client = self.clients.get_mut(&id)?;
+        if client.scanner.is_some() || client.scanned && !ahead || want == 0 {
             return None;
         }
         let choice = scan::Choice {
@@ -469,27 +508,39 @@ impl Core {
             smart: self.tunables.smart_scan == 1 && !requested,
             pass: self.pass,
         };
-        let (unstable, events) = (&mut self.unstable, &mut self.events);
-        let ranges = scan::next_ranges(client, &self.regions, &mut self.pages, &choice, |pages, page| {
-            events.skipped += 1;
-            unstable.remove(pages, page);
-            events.unshared -= u64::from(pages.mark(page, Mark::Unshared, false));
-        });
+        let (number, ranges) = if ahead {
+            self.choose_ahead(id, &choice)?
+        } else {
+            let (unstable, events) = (&mut self.unstable, &mut self.events);
+            let ranges = scan::next_ranges(client, &mut self.regions, &mut self.pages, &choice, |pages, page| {
+                events.skip(pages, unstable, page);
+            });
+            (self.pass, ranges)
+        };
         let chosen: u32 = ranges.iter().map(|range| range.pages).sum();
         if chosen == 0 {
             return None;
         }
+        let again = number != self.pass;
         if !requested {
             self.pace.spend(chosen, self.tunables.pages_to_scan);
+            self.halve(chosen, ahead);
             self.advisor.look(self.now, self.pause());
-            self.look_for_rifts(&ranges);
+            if !again {
+                self.look_for_rifts(&ranges);
+            }
         }
         let (nodes, asked) = (self.tunables.nodes_count(), ranges.clone());
-        let order = self.open(id, Task::Scan { ranges: asked, nodes });
+        let task = Task::Scan {
+            ranges: asked,
+            nodes,
+            again,
+        };
+        let order = self.open(id, task);
         Some(Decision::Scan {
             client: id,
             order,
-            pass: self.pass,
+            pass: number,
             nodes,
             ranges,
         })

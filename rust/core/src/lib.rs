@@ -5,19 +5,22 @@
 //! [`Next`]; time comes in as the duration since the driver began. It is one domain; nothing crosses domains.
 //!
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `record`, `frame`, `rmap` and `limbo`
-//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `plan` and
-//! `pace` (with `advisor`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
+//! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `ahead`, `plan` and
+//! `pace` (with `idle`, `advisor` and `ceiling`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
 //! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
 mod advisor;
+mod ahead;
 mod answer;
 mod born;
+mod ceiling;
 mod checksum;
 mod client;
 mod decide;
 mod founding;
 mod frame;
+mod idle;
 mod limbo;
 mod member;
 mod migrate;
@@ -53,8 +56,10 @@ pub use stats::{METADATA_PER_PAGE, PAGE_SIZE, ProcessStats, Stats};
 pub use tunables::{AdvisorMode, TunableError, Tunables};
 
 use advisor::Advisor;
+use ahead::Ahead;
 use client::Client;
 use founding::{FoundingId, Foundings};
+use idle::Idle;
 use migrate::Migration;
 use order::{Orders, Task};
 use pace::Pace;
@@ -62,7 +67,7 @@ use page::{Mark, Pages, Place};
 use region::Regions;
 use rmap::Rmap;
 use stats::Events;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 use tunables::InUse;
 use unstable::UnstableTree;
@@ -73,6 +78,7 @@ pub(crate) enum Queue {
     Scan = 0,
     Stage = 1,
     Remap = 2,
+    Ahead = 3,
 }
 
 /// One domain's decisions.
@@ -103,11 +109,19 @@ pub struct Core {
     orders: Orders,
     pace: Pace,
     advisor: Advisor,
+    idle: Idle,
+    /// Counters when the pass began.
+    at_pass: Events,
     migration: Migration,
     events: Events,
-    queues: [VecDeque<ClientId>; 3],
+    queues: [VecDeque<ClientId>; 4],
     /// Clients with work left in this pass.
     in_pass: u32,
+    /// Clients that the pass has not come to the end of.
+    unscanned: u32,
+    ahead: Ahead,
+    /// Clients at their ceiling, and until when.
+    held: BTreeSet<(Duration, ClientId)>,
     /// Orders that planned clients owe.
     active: u32,
     /// Proposals that have not left yet.
@@ -133,10 +147,15 @@ impl Core {
             orders: Orders::default(),
             pace: Pace::default(),
             advisor: Advisor::default(),
+            idle: Idle::default(),
+            at_pass: Events::default(),
             migration: Migration::default(),
             events: Events::default(),
             queues: Default::default(),
             in_pass: 0,
+            unscanned: 0,
+            ahead: Ahead::default(),
+            held: BTreeSet::new(),
             active: 0,
             waiting_maps: 0,
             unmerge_again: None,
@@ -147,6 +166,7 @@ impl Core {
     /// taken too, and there are no pauses. Works with `run=0`; with `run=2` it ends at once.
     pub fn request_merge(&mut self, now: Duration) -> MergeTicket {
         self.now = self.now.max(now);
+        self.disturb();
         self.pace.request(self.now, self.events.merges, self.events.scanned)
     }
 
@@ -160,10 +180,17 @@ impl Core {
         self.pace.cancel(ticket);
     }
 
-    /// CPU time that scanning and merging in this domain took: the driver's own, and what clients report of theirs. The advisor
-    /// weighs it when the pass ends.
+    /// CPU time of the driver's own that scanning and merging in this domain took; what clients report of theirs is told
+    /// [`Core::client_spent`]. The advisor weighs it when the pass ends.
     pub fn spent(&mut self, cpu: Duration) {
         self.advisor.spend(cpu);
+    }
+
+    /// Nothing is idle any more.
+    fn disturb(&mut self) {
+        self.idle.disturb();
+        let soon = self.now + self.pause();
+        self.pace.wake = self.pace.wake.map(|wake| wake.min(soon));
     }
 
     /// Sets a knob.
@@ -171,13 +198,21 @@ impl Core {
     /// # Errors
     /// [`TunableError`]; nothing changes then.
     pub fn set(&mut self, knob: &str, value: &str) -> Result<(), TunableError> {
-        let (before, mode) = (self.tunables.run, self.tunables.advisor_mode);
+        let (before, mode, ceiling) = (
+            self.tunables.run,
+            self.tunables.advisor_mode,
+            self.tunables.client_max_cpu,
+        );
         let nodes = self.tunables.nodes_count();
         let in_use = InUse {
             pages_shared: u64::from(self.rmap.shared),
             pages_proposed: self.pages_proposed(),
         };
         self.tunables.set(knob, value, in_use)?;
+        self.disturb();
+        if ceiling != self.tunables.client_max_cpu {
+            self.let_go(true);
+        }
         if nodes != self.tunables.nodes_count() {
             self.drop_candidates();
         }
@@ -217,6 +252,7 @@ impl Core {
             pages_volatile: events.items.saturating_sub(filed),
             pages_skipped: events.skipped,
             pages_scanned: events.scanned,
+            pages_scanned_again: events.again,
             full_scans: events.full_scans,
             stable_node_chains: u64::from(self.rmap.stable.chains()),
             stable_node_dups: u64::from(self.rmap.stable.dups()),
@@ -230,6 +266,7 @@ impl Core {
             regions: self.regions.private + self.regions.shared,
             regions_shared: self.regions.shared,
             clients: self.clients.len() as u64,
+            clients_at_max_cpu: self.clients_held(),
             clients_unplanned: self.clients.values().filter(|client| !client.is_planned()).count() as u64,
             pages_proposed: self.pages_proposed(),
             merges: events.merges,
@@ -268,6 +305,8 @@ impl Core {
             ksm_merging_pages: client.merged,
             ksm_zero_pages: client.zero,
             ksm_process_profit: stats::profit(client.merged + client.zero, client.items),
+            cpu_milliseconds: client.cpu(),
+            times_at_max_cpu: client.account.holds,
         }
     }
 
@@ -277,7 +316,7 @@ impl Core {
         let trees = stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
         let clients: usize = self.clients.values().map(Client::bytes).sum();
         let members = clients + self.regions.bytes();
-        members + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
+        members + self.ahead.bytes() + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()
     }
 
     /// Slots of the store that cannot be taken now: filled, being filled, or covered by a page.
@@ -292,6 +331,7 @@ impl Core {
 
     /// Brings the queues and counts in line with what a client can do now; called after each change of a client.
     fn refresh(&mut self, id: ClientId) {
+        let has_ceilings = self.has_ceilings();
         let Some(client) = self.clients.get_mut(&id) else {
             return;
         };
@@ -309,15 +349,19 @@ impl Core {
         };
         self.in_pass = self.in_pass - u32::from(client.in_pass) + u32::from(in_pass);
         self.active = self.active - client.active + active;
-        (client.in_pass, client.active) = (in_pass, active);
+        let unscanned = planned && !client.scanned;
+        self.unscanned = self.unscanned - u32::from(client.unscanned) + u32::from(unscanned);
+        (client.in_pass, client.active, client.unscanned) = (in_pass, active, unscanned);
         let unmerging = self.tunables.run == tunables::run::UNMERGE && client.merged + client.zero > 0;
         let wants = [
             !client.scanned && client.scanner.is_none(),
             !client.stages.is_empty() && client.scanner.is_none(),
             (!client.maps.is_empty() || unmerging && !client.rests) && client.remapper.is_none(),
+            !client.ahead.is_empty() && client.scanner.is_none(),
         ];
+        let asked = planned && !(has_ceilings && client.account.is_held());
         for (queue, wanted) in wants.into_iter().enumerate() {
-            if planned && wanted && !client.queued[queue] {
+            if asked && wanted && !client.queued[queue] {
                 client.queued[queue] = true;
                 self.queues[queue].push_back(id);
             }
@@ -326,10 +370,12 @@ impl Core {
 
     /// The next client of a queue that is still there and planned.
     fn dequeue(&mut self, queue: Queue) -> Option<ClientId> {
+        let has_ceilings = self.has_ceilings();
         while let Some(id) = self.queues[queue as usize].pop_front() {
             if let Some(client) = self.clients.get_mut(&id) {
                 client.queued[queue as usize] = false;
-                if client.is_planned() {
+                // Who is held comes back when it is let go.
+                if client.is_planned() && !(has_ceilings && client.account.is_held()) {
                     return Some(id);
                 }
             }

@@ -71,7 +71,8 @@ impl Core {
         member.pages += u64::from(pages);
         // The cursor stands before the new region, also when it had reached the end.
         member.scanned = false;
-        self.refresh(client);
+        self.go_ahead(client, id);
+        self.disturb();
         Ok((id, first))
     }
 
@@ -99,12 +100,12 @@ impl Core {
             let index = client.regions.iter().position(|&other| other == id);
             if let Some(index) = index {
                 client.regions.remove(index);
-                for cursor in [&mut client.scan, &mut client.unmap] {
-                    if cursor.region > index {
-                        cursor.region -= 1;
-                    } else if cursor.region == index {
-                        cursor.pages = 0;
-                    }
+                client.scan -= usize::from(client.scan > index);
+                let cursor = &mut client.unmap;
+                if cursor.region > index {
+                    cursor.region -= 1;
+                } else if cursor.region == index {
+                    cursor.pages = 0;
                 }
             }
             client.pages -= u64::from(range.pages);

@@ -31,7 +31,7 @@ pub enum Decision {
         client: ClientId,
         /// Answer with [`Core::scanned`](crate::Core::scanned).
         order: OrderId,
-        /// The number of the pass, never 0: a checksum that took its value in this pass has *changed*.
+        /// The number of the pass, or with bit 15 of a look ahead of it, never 0: a checksum that took its value in this look has *changed*.
         pass: u16,
         /// Whether each checksum is to have its page's NUMA node in it: [`Checksum::on_node`](crate::Checksum::on_node).
         nodes: bool,
@@ -100,6 +100,8 @@ pub(crate) enum Task {
         ranges: Vec<PageRange>,
         /// Whether nodes counted when it left.
         nodes: bool,
+        /// Whether it is an extra look, beside the pass's own.
+        again: bool,
     },
     /// Each page, whose content it founds, and the slot taken for it.
     Stage(Vec<(PageNumber, FoundingId, Slot)>),

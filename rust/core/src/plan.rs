@@ -5,7 +5,7 @@
 //! the dense page -> slot array for the boundaries as they are; never sends anything.
 
 use crate::frame::Slot;
-use crate::order::{MAX_MAP_PAGES, MAX_RUNS};
+use crate::order::MAX_RUNS;
 use crate::page::{PageNumber, PageRange, Pages, Place, Run, WINDOW};
 
 /// Boundaries that need a VMA each between the pages of `range` and around it, inside `region`.
@@ -81,8 +81,8 @@ pub(crate) struct Plan {
     pub over_budget: Vec<Run>,
 }
 
-/// Chooses among runs for a client that may add `vmas` mappings.
-pub(crate) fn choose(pages: &Pages, runs: Vec<(Run, PageRange)>, vmas: i64) -> Plan {
+/// Chooses among runs for a client that may add `vmas` mappings, `most` pages for this order.
+pub(crate) fn choose(pages: &Pages, runs: Vec<(Run, PageRange)>, vmas: i64, most: u32) -> Plan {
     let mut plan = Plan::default();
     let mut priced: Vec<(i64, Run)> = runs
         .into_iter()
@@ -99,7 +99,7 @@ pub(crate) fn choose(pages: &Pages, runs: Vec<(Run, PageRange)>, vmas: i64) -> P
     });
     let (mut left, mut pages_now) = (vmas, 0);
     for (cost, run) in priced {
-        if plan.now.len() == MAX_RUNS || pages_now + u32::from(run.pages) > MAX_MAP_PAGES {
+        if plan.now.len() == MAX_RUNS || pages_now + u32::from(run.pages) > most {
             plan.later.push(run);
         } else if cost > 0 && cost > left {
             plan.over_budget.push(run);
@@ -175,7 +175,7 @@ mod tests {
             (run(10, 30, 110), range),
             (run(60, 3, 160), range),
         ];
-        let plan = choose(&pages, wanted, 4);
+        let plan = choose(&pages, wanted, 4, 8192);
         assert_eq!(plan.now, [run(10, 30, 110), run(60, 3, 160)]);
         assert_eq!(plan.over_budget, [run(2, 1, 102)]);
     }

@@ -3,6 +3,7 @@
 //! Hands out ranges of page numbers so that `number % 512` is the page's position in its 2 MiB window, and takes a range back
 //! only when its region left *and* no open order names a page of it any more. Relies on nothing; never looks at a page.
 
+use crate::ahead::{Found, Look};
 use crate::page::{PageNumber, PageRange, WINDOW};
 use crate::stats::in_tree;
 use hashbrown::HashMap;
@@ -80,6 +81,7 @@ pub(crate) struct Region {
     /// Since it was last asked whether merging pays.
     merges: u32,
     breaks: u32,
+    pub look: Look,
 }
 
 impl Region {
@@ -92,6 +94,7 @@ impl Region {
     /// Its client was asked to map pages of it, and was alone with its memory or was not; how many of them merged.
     pub(crate) fn answered(&mut self, now: Duration, alone: bool, merged: u32) {
         self.merges = self.merges.saturating_add(merged);
+        self.look.merged(merged);
         if alone {
             self.accompanied = None;
         } else if !self.accompanied.is_some_and(|rest| rest.lasts(now)) {
@@ -158,6 +161,7 @@ impl Regions {
                 restless: None,
                 merges: 0,
                 breaks: 0,
+                look: Look::default(),
             },
         );
         self.by_first.insert(first, id);
@@ -249,6 +253,13 @@ impl Regions {
     pub(crate) fn of_mut(&mut self, page: PageNumber) -> Option<&mut Region> {
         let id = self.id_of(page)?;
         self.get_mut(id)
+    }
+
+    /// Something was found of pages of a region, the first of which is this; which region.
+    pub(crate) fn found(&mut self, first: PageNumber, found: &Found) -> Option<RegionId> {
+        let id = self.id_of(first)?;
+        self.get_mut(id)?.look.found(found);
+        Some(id)
     }
 
     /// An order names this page: its number stays taken.

@@ -1,6 +1,6 @@
 //! The scan: which pages a client is asked to look at next.
 //!
-//! A cursor walks the client's regions, one window after the other. Smart scan leaves out pages that were looked at often and
+//! A cursor walks the client's regions, one window after the other; how far each is, the region knows. Smart scan leaves out pages that were looked at often and
 //! never merged, with the kernel's back-off: ages 0 to 2 always, then 1, 2, 4 and 8 passes out. Who sits out 8 comes back in the
 //! same pass as all others who do: in the kernel two equal pages that were opted in at different times may take turns for
 //! ever and never meet. Merged pages are never left out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
@@ -26,51 +26,106 @@ const LONGEST_ROUND: u16 = 9;
 /// Pages walked over per page wanted before a choice ends short: keeps a step bounded where smart scan leaves out most.
 const WALK: u32 = 8;
 
+/// Pages chosen for one order.
+pub(crate) struct Chosen {
+    want: u32,
+    ranges: Vec<PageRange>,
+    pages: u32,
+    walked: u32,
+}
+
+impl Chosen {
+    pub(crate) fn new(want: u32) -> Chosen {
+        Chosen {
+            want: want.clamp(1, MAX_SCAN_PAGES),
+            ranges: Vec::new(),
+            pages: 0,
+            walked: 0,
+        }
+    }
+
+    pub(crate) fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    pub(crate) fn into_ranges(self) -> Vec<PageRange> {
+        self.ranges
+    }
+
+    /// Goes on in a region of which so many pages are done; whether its end was reached.
+    pub(crate) fn walk(
+        &mut self,
+        region: PageRange,
+        done: &mut u32,
+        mut is_wanted: impl FnMut(PageNumber) -> bool,
+    ) -> bool {
+        while *done < region.pages {
+            let page = region.first.plus(*done);
+            // Whole windows where the batch is large enough: they leave as whole runs later.
+            let window = WINDOW.min(region.pages - *done);
+            let would_split =
+                self.want >= WINDOW && page.position() == 0 && self.pages > 0 && self.pages + window > self.want;
+            if self.pages >= self.want || self.walked >= self.want.saturating_mul(WALK) || would_split {
+                return false;
+            }
+            let extends = self
+                .ranges
+                .last()
+                .is_some_and(|range| range.first.0 + range.pages == page.0 && range.first.0 >= region.first.0);
+            if !extends && self.ranges.len() == MAX_RANGES {
+                return false;
+            }
+            *done += 1;
+            self.walked += 1;
+            if !is_wanted(page) {
+                continue;
+            }
+            self.pages += 1;
+            match self.ranges.last_mut() {
+                Some(range) if extends => range.pages += 1,
+                _ => self.ranges.push(PageRange { first: page, pages: 1 }),
+            }
+        }
+        true
+    }
+}
+
+/// Whether the pass looks at a page; `left_out` is told of one that smart scan leaves out.
+pub(crate) fn is_looked_at(
+    pages: &mut Pages,
+    page: PageNumber,
+    choice: &Choice,
+    left_out: impl FnOnce(&mut Pages, PageNumber),
+) -> bool {
+    if pages.is(page, Mark::Busy) {
+        return false;
+    }
+    if choice.smart && sits_out(pages, page, choice.pass) {
+        left_out(pages, page);
+        return false;
+    }
+    true
+}
+
 /// Moves the client's cursor on; returns the pages chosen and how many smart scan left out. `left_out` is told their numbers.
 pub(crate) fn next_ranges(
     client: &mut Client,
-    regions: &Regions,
+    regions: &mut Regions,
     pages: &mut Pages,
     choice: &Choice,
     mut left_out: impl FnMut(&mut Pages, PageNumber),
 ) -> Vec<PageRange> {
-    let want = choice.want.clamp(1, MAX_SCAN_PAGES);
-    let (mut ranges, mut chosen, mut walked): (Vec<PageRange>, u32, u32) = (Vec::new(), 0, 0);
-    while let Some(region) = client.regions.get(client.scan.region).and_then(|&id| regions.get(id)) {
-        while client.scan.pages < region.range.pages {
-            let page = region.range.first.plus(client.scan.pages);
-            // Whole windows where the batch is large enough: they leave as whole runs later.
-            let window = WINDOW.min(region.range.pages - client.scan.pages);
-            let would_split = want >= WINDOW && page.position() == 0 && chosen > 0 && chosen + window > want;
-            if chosen >= want || walked >= want.saturating_mul(WALK) || would_split {
-                return ranges;
-            }
-            let extends = ranges
-                .last()
-                .is_some_and(|range| range.first.0 + range.pages == page.0 && range.first.0 >= region.range.first.0);
-            if !extends && ranges.len() == MAX_RANGES {
-                return ranges;
-            }
-            client.scan.pages += 1;
-            walked += 1;
-            if pages.is(page, Mark::Busy) {
-                continue;
-            }
-            if choice.smart && sits_out(pages, page, choice.pass) {
-                left_out(pages, page);
-                continue;
-            }
-            chosen += 1;
-            match ranges.last_mut() {
-                Some(range) if extends => range.pages += 1,
-                _ => ranges.push(PageRange { first: page, pages: 1 }),
-            }
+    let mut chosen = Chosen::new(choice.want);
+    while let Some(region) = client.regions.get(client.scan).and_then(|&id| regions.get_mut(id)) {
+        let range = region.range;
+        let done = region.look.in_pass(choice.pass);
+        if !chosen.walk(range, done, |page| is_looked_at(pages, page, choice, &mut left_out)) {
+            return chosen.ranges;
         }
-        client.scan.region += 1;
-        client.scan.pages = 0;
+        client.scan += 1;
     }
     client.scanned = true;
-    ranges
+    chosen.ranges
 }
 
 /// The kernel's `should_skip_rmap_item`: ages the page and says whether it sits this pass out.
@@ -113,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_pass_covers_each_page_once_in_whole_windows() {
-        let (mut client, regions, mut pages) = world(&[(1500, 100), (3, 0)]);
+        let (mut client, mut regions, mut pages) = world(&[(1500, 100), (3, 0)]);
         let choice = Choice {
             want: 1024,
             smart: false,
@@ -122,7 +177,7 @@ mod tests {
         let mut sizes = Vec::new();
         let mut seen = std::collections::BTreeSet::new();
         while !client.scanned {
-            let ranges = next_ranges(&mut client, &regions, &mut pages, &choice, |_, _| ());
+            let ranges = next_ranges(&mut client, &mut regions, &mut pages, &choice, |_, _| ());
             sizes.push(ranges.iter().map(|range| range.pages).sum::<u32>());
             for page in ranges.into_iter().flat_map(PageRange::iter) {
                 assert!(seen.insert(page));
@@ -134,7 +189,7 @@ mod tests {
 
     #[test]
     fn smart_scan_backs_off_like_the_kernel() {
-        let (mut client, regions, mut pages) = world(&[(2, 0)]);
+        let (mut client, mut regions, mut pages) = world(&[(2, 0)]);
         pages.set_place(PageNumber(1), Place::Merged(Slot(3)));
         let mut out = String::new();
         for pass in 5..37 {
@@ -145,7 +200,7 @@ mod tests {
                 pass,
             };
             let mut skipped = 0;
-            next_ranges(&mut client, &regions, &mut pages, &choice, |_, page| {
+            next_ranges(&mut client, &mut regions, &mut pages, &choice, |_, page| {
                 assert_eq!(page, PageNumber(0));
                 skipped += 1;
             });
@@ -158,7 +213,7 @@ mod tests {
     #[test]
     fn whoever_sits_out_long_meets_all_others_who_do() {
         let looks = |first: u16| -> Vec<u16> {
-            let (mut client, regions, mut pages) = world(&[(1, 0)]);
+            let (mut client, mut regions, mut pages) = world(&[(1, 0)]);
             let mut looks = Vec::new();
             for pass in first..first + 60 {
                 client.scan = Default::default();
@@ -167,7 +222,7 @@ mod tests {
                     smart: true,
                     pass,
                 };
-                if !next_ranges(&mut client, &regions, &mut pages, &choice, |_, _| ()).is_empty() {
+                if !next_ranges(&mut client, &mut regions, &mut pages, &choice, |_, _| ()).is_empty() {
                     looks.push(pass);
                 }
             }

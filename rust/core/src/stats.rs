@@ -2,6 +2,8 @@
 //!
 //! Everything here is counted where it happens and only put together here; nothing is walked but the open orders. Never decides.
 
+use crate::page::{Mark, PageNumber, Pages};
+use crate::unstable::UnstableTree;
 use serde::{Deserialize, Serialize};
 
 /// Bytes in a page.
@@ -26,6 +28,8 @@ pub struct Stats {
     pub pages_skipped: u64,
     /// Pages looked at.
     pub pages_scanned: u64,
+    /// Pages looked at once more within a pass; they are in `pages_scanned` too.
+    pub pages_scanned_again: u64,
     /// Passes completed.
     pub full_scans: u64,
     /// Contents with more than one frame.
@@ -52,6 +56,8 @@ pub struct Stats {
     pub regions_shared: u64,
     /// Clients.
     pub clients: u64,
+    /// Clients of which nothing is asked now, since they spent their share of CPU time (`client_max_cpu`).
+    pub clients_at_max_cpu: u64,
     /// Clients that owe an answer for too long, or are lost, and are left out of planning.
     pub clients_unplanned: u64,
     /// Pages that were offered a frame and did not answer yet.
@@ -83,12 +89,19 @@ pub struct ProcessStats {
     pub ksm_zero_pages: u64,
     /// Bytes saved less bytes of metadata, as if every merged page were saved.
     pub ksm_process_profit: i64,
+    /// CPU time that its scanner and remapper took, as it says.
+    pub cpu_milliseconds: u64,
+    /// Times that nothing was asked of it for a while, for it had taken `client_max_cpu`.
+    pub times_at_max_cpu: u64,
 }
 
 /// Events, counted where they happen.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Events {
     pub scanned: u64,
+    pub again: u64,
+    /// Pages whose checksum was another than last time.
+    pub changed: u64,
     pub skipped: u64,
     pub full_scans: u64,
     pub cow: u64,
@@ -104,6 +117,22 @@ pub(crate) struct Events {
     /// Pages marked Item.
     pub items: u64,
     pub zero: u64,
+}
+
+impl Events {
+    /// Pages to which something happened since then.
+    pub(crate) fn stirred_since(&self, then: &Events) -> u64 {
+        let all = |events: &Events| events.changed + events.merges + events.migrated + events.cow;
+        // Nothing that begins anew with run=2 is among them.
+        all(self).saturating_sub(all(then))
+    }
+
+    /// Smart scan left the page out of this pass.
+    pub(crate) fn skip(&mut self, pages: &mut Pages, unstable: &mut UnstableTree, page: PageNumber) {
+        self.skipped += 1;
+        unstable.remove(pages, page);
+        self.unshared -= u64::from(pages.mark(page, Mark::Unshared, false));
+    }
 }
 
 /// What an entry of a B-tree takes, whose nodes are three quarters full on the average of their fillings.

@@ -111,6 +111,9 @@ pub struct Tunables {
     pub advisor_mode: AdvisorMode,
     /// Percent of one CPU the advisor may spend, over the broker and all clients.
     pub advisor_max_cpu: u32,
+    /// Percent of one CPU that the scanner and the remapper of each client may take in the background. Not among the kernel's knobs, which
+    /// has one thread for all.
+    pub client_max_cpu: u32,
     /// Seconds in which the advisor wants a pass done.
     pub advisor_target_scan_time: u32,
     /// Where the advisor starts.
@@ -134,6 +137,7 @@ impl Default for Tunables {
             join_runs: 1,
             advisor_mode: AdvisorMode::ScanTime,
             advisor_max_cpu: 70,
+            client_max_cpu: 100,
             advisor_target_scan_time: 200,
             advisor_min_pages_to_scan: 500,
             advisor_max_pages_to_scan: 30000,
@@ -201,6 +205,7 @@ numeric_knobs! {
     split_huge_pages 0 1,
     join_runs 0 1,
     advisor_max_cpu 0 u32::MAX,
+    client_max_cpu 1 200,
     advisor_target_scan_time 1 u32::MAX,
     advisor_min_pages_to_scan 0 u32::MAX,
     advisor_max_pages_to_scan 0 u32::MAX,

@@ -24,6 +24,11 @@ impl UnstableTree {
             .map(PageNumber)
     }
 
+    /// Whether the page is a candidate in this pass.
+    pub(crate) fn has(&self, pages: &Pages, page: PageNumber) -> bool {
+        pages.is(page, Mark::Candidate) && pages.is(page, Mark::Odd) == self.odd
+    }
+
     pub(crate) fn insert(&mut self, pages: &mut Pages, page: PageNumber, tag: u32) {
         debug_assert!(!pages.is(page, Mark::Candidate));
         pages.set_tag(page, tag);

@@ -337,6 +337,8 @@ fn what_is_refused_while_a_stranger_has_the_memory_piles_nothing_up() {
     let id = world.join_client(false);
     world.join_region(id, Kind::Shared, WINDOW, 0, |i| 10 + i / 2);
     world.core.set("smart_scan", "0").unwrap();
+    // Passes of the same length, also while nothing happens.
+    world.core.set("advisor_mode", "none").unwrap();
     world.accompany(id, true);
     let passes = 1000;
     while world.core.stats().full_scans < passes {

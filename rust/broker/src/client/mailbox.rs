@@ -35,10 +35,10 @@ pub(super) enum Event {
     Message(u32, ToClient, Option<OwnedFd>),
     /// From the wire thread of this connection: it ended, and why.
     Closed(u32, String),
-    /// From the scanner, for this connection: a Scan is done, and what CPU time the scanner took since the last one.
+    /// From the scanner, for this connection: a Scan is done, and what CPU time the scanner took since it said so last.
     Scanned(u32, u32, Tally, Duration),
-    /// From the scanner, for this connection: a Stage is done, page by page.
-    Staged(u32, u32, Vec<bool>),
+    /// The same of a Stage, page by page.
+    Staged(u32, u32, Vec<bool>, Duration),
 }
 
 /// The queue and what waits for it.

@@ -106,7 +106,7 @@ struct Remapper {
     /// Who children are born of now, and where they find that and whether a broker is wanted.
     lineage: Option<Lineage>,
     bequest: &'static Mutex<Bequest>,
-    /// Its CPU time from Scanned to Scanned.
+    /// Its CPU time from report to report.
     stopwatch: Stopwatch,
 }
 
@@ -283,17 +283,28 @@ impl Remapper {
                     read: tally.checksummed,
                     clean: tally.clean,
                     passed_over: 0,
-                    cpu_micros: u32::try_from((scanner + self.stopwatch.lap()).as_micros()).unwrap_or(u32::MAX),
+                    cpu_micros: self.spent(scanner),
                 };
                 self.report(&ToBroker::Scanned { order, counts }, tally.broken > 0);
             }
-            Event::Staged(link, order, copied) if self.is_current(link) => {
+            Event::Staged(link, order, copied, scanner) if self.is_current(link) => {
                 let copied = wire::Bits::collect(copied.len() as u32, |index| copied[index as usize]);
-                self.report(&ToBroker::Staged { order, copied }, false);
+                let cpu_micros = self.spent(scanner);
+                let report = ToBroker::Staged {
+                    order,
+                    copied,
+                    cpu_micros,
+                };
+                self.report(&report, false);
             }
             // From a connection that is gone.
             Event::Message(..) | Event::Closed(..) | Event::Scanned(..) | Event::Staged(..) => {}
         }
+    }
+
+    /// CPU time that was not reported yet, the scanner's included, in microseconds.
+    fn spent(&mut self, scanner: Duration) -> u32 {
+        u32::try_from((scanner + self.stopwatch.lap()).as_micros()).unwrap_or(u32::MAX)
     }
 
     /// Asks now, or once the handshake is through.
@@ -501,7 +512,7 @@ impl Remapper {
         let report = ToBroker::Mapped {
             order,
             outcomes: done.outcomes,
-            vmas: 0,
+            cpu_micros: self.spent(Duration::ZERO),
         };
         self.report(&report, done.gave_up);
         Ok(())

@@ -96,7 +96,7 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
                         .is_some_and(|(region, page)| region.stage(*page, staging, index as u32))
                 });
                 let copied = copied.collect();
-                mailbox.push(Event::Staged(link, order, copied));
+                mailbox.push(Event::Staged(link, order, copied, stopwatch.lap()));
             }
         }
     }

@@ -148,7 +148,8 @@ pub struct ScanCounts {
     pub clean: u32,
     /// Pages without memory, transient or held.
     pub passed_over: u32,
-    /// CPU time of the client's scanner and remapper since its last such report, in microseconds: for the advisor.
+    /// CPU time of the client's scanner and remapper that no answer to a Scan, Stage or Map told before, in microseconds: for the
+    /// advisor and the client's ceiling.
     pub cpu_micros: u32,
 }
 
@@ -369,6 +370,8 @@ pub enum ToBroker {
         order: u32,
         /// Per page.
         copied: Bits,
+        /// As in [`ScanCounts`].
+        cpu_micros: u32,
     },
     /// What became of a Map, per run.
     Mapped {
@@ -376,8 +379,8 @@ pub enum ToBroker {
         order: u32,
         /// One per run, in order.
         outcomes: Vec<RunOutcome>,
-        /// The process's number of mappings, 0 if unknown.
-        vmas: u32,
+        /// As in [`ScanCounts`].
+        cpu_micros: u32,
     },
     /// What became of an Unmap, over all its ranges in order.
     Unmapped {

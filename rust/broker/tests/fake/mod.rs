@@ -364,6 +364,7 @@ impl FakeClient {
                 ToBroker::Staged {
                     order,
                     copied: Bits::All,
+                    cpu_micros: 0,
                 }
             }
             ToClient::Map { order, runs, .. } => {
@@ -371,7 +372,7 @@ impl FakeClient {
                 ToBroker::Mapped {
                     order,
                     outcomes,
-                    vmas: 0,
+                    cpu_micros: 0,
                 }
             }
             ToClient::Unmap { order, ranges, .. } => {
