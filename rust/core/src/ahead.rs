@@ -35,7 +35,7 @@ const WORTH: u32 = 8;
 const PAYS: u32 = 16;
 
 /// Numbers of extra looks have this bit, passes have not: what a checksum word says of the one is never said of the other.
-pub(crate) const EXTRA: u16 = 1 << 15;
+pub const EXTRA: u16 = 1 << 15;
 
 /// How far the looks at a region are, and what they found.
 #[derive(Clone, Debug, Default)]

@@ -40,6 +40,7 @@ mod table;
 mod tunables;
 mod unstable;
 
+pub use ahead::EXTRA;
 pub use answer::{Fill, Observation, RunFailure, RunOutcome, Seen};
 pub use born::Birth;
 pub use checksum::Checksum;

@@ -454,7 +454,9 @@ impl Remapper {
                 nodes,
                 ranges,
             } => {
-                heap::pass_began(pass);
+                if pass & ksmrs_core::EXTRA == 0 {
+                    heap::pass_began(pass);
+                }
                 let spans = ranges
                     .iter()
                     .filter_map(|range| self.desk.span(range.first_word, range.pages))
