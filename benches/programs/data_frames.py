@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,25 +99,25 @@ def change() -> None:
 def run(side: measure.Side) -> None:
     seconds = 1.0 if side.quick else 10.0
     asked = [json.dumps(question).encode() for question in QUESTIONS]
-    with tempfile.TemporaryDirectory(prefix="ksmrs-program-") as folder:
-        path = Path(folder) / "trips.csv"
+    path = side.folder / "trips.csv"
+    if not path.exists():
         write_table(path, QUICK_ROWS if side.quick else ROWS)
-        ksmrs_run = ["-m", "ksmrs", "run", "--", sys.executable] if side.how == measure.KSMRS else []
-        with measure.Workers(side, [sys.executable, *ksmrs_run, __file__, "--worker", str(path)]) as workers:
-            workers.ask("imported")
-            side.take("of interpreter and libraries", workers.pids)
-            with side.loading():
-                workers.ask("load")
-            addresses = [("127.0.0.1", port) for port in workers.ask("serve")]
-            side.take("when loaded", workers.pids)
-            side.ask("while merging", addresses, asked, seconds)
-            side.merge()
-            side.take("when merged", workers.pids)
-            workers.ask("change")
-            side.ask("after merging", addresses, asked, seconds)
-            for number, found in enumerate(workers.ask("state")):
-                side.answer(f"frame of {number}", found)
-            side.take("at the end", workers.pids)
+    ksmrs_run = ["-m", "ksmrs", "run", "--", sys.executable] if side.how == measure.KSMRS else []
+    with measure.Workers(side, [sys.executable, *ksmrs_run, __file__, "--worker", str(path)]) as workers:
+        workers.ask("imported")
+        side.take("of interpreter and libraries", workers.pids)
+        with side.loading():
+            workers.ask("load")
+        addresses = [("127.0.0.1", port) for port in workers.ask("serve")]
+        side.take("when loaded", workers.pids)
+        side.ask("while merging", addresses, asked, seconds)
+        side.merge()
+        side.take("when merged", workers.pids)
+        workers.ask("change")
+        side.ask("after merging", addresses, asked, seconds)
+        for number, found in enumerate(workers.ask("state")):
+            side.answer(f"frame of {number}", found)
+        side.take("at the end", workers.pids)
 
 
 def imported() -> None:

