@@ -180,7 +180,10 @@ def run(side: measure.Side) -> None:
 
 if __name__ == "__main__":
     if "--parent" in sys.argv:
-        parent(sys.argv[sys.argv.index("--parent") + 1])
+        # Tasks have to be in a module that workers can import.
+        import joblib_workers
+
+        joblib_workers.parent(sys.argv[sys.argv.index("--parent") + 1])
     elif "--fit" in sys.argv:
         fit(Path(sys.argv[-2]), int(sys.argv[-1]))
     else:

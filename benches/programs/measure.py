@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -382,17 +382,13 @@ def missing(modules: Sequence[str]) -> list[str]:
     return [name for name in modules if importlib.util.find_spec(name) is None]
 
 
-def main(
-    run: Callable[[Side], None], about: str | None, needs: Sequence[str], flags: Mapping[str, str] | None = None
-) -> None:
+def main(run: Callable[[Side], None], about: str | None, needs: Sequence[str]) -> None:
     """Run a program in turn, without and with, as the command line says, and tell what came of it."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that all works")
     parser.add_argument("--json", action="store_true")
-    for flag, meaning in (flags or {}).items():
-        parser.add_argument(flag, action="store_true", help=meaning)
     arguments = parser.parse_args()
     name = Path(sys.argv[0]).stem
     if absent := missing(needs):

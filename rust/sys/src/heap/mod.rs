@@ -30,8 +30,9 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Bytes that freed blocks keep for the next of their size: what the C library keeps at most of what it could give back.
-pub const KEEP: usize = 64 << 20;
+/// Bytes that freed blocks keep at most for the next of their size: as in the C library twice the largest that was freed, but no less
+/// and no more than this. Blocks of one size serve no other, so that more would lie idle here than there.
+pub const KEEP: core::ops::RangeInclusive<usize> = 4 << 20..=64 << 20;
 /// How long blocks that nobody comes for keep their memory at least: less than a program that computes anything lets them lie.
 const SURPLUS: Duration = Duration::from_secs(1);
 /// Larger blocks give their memory back when they are freed, as the C library unmaps such.
@@ -82,6 +83,8 @@ struct Heap {
     bins: Bins,
     /// Arenas of which nothing is lent or kept.
     idle: usize,
+    /// Pages of the largest block that was freed and kept its memory.
+    largest: u32,
     /// When it was last asked which blocks nobody came for.
     asked: Option<Instant>,
 }
@@ -94,6 +97,7 @@ static HEAP: Mutex<Heap> = Mutex::new(Heap {
     room: Room::new(),
     bins: Bins::new(),
     idle: 0,
+    largest: 0,
     asked: None,
 });
 
@@ -213,6 +217,16 @@ impl Heap {
                 arena::forget(&arena);
                 (supply.end)(arena.region.clone());
             }
+        }
+    }
+
+    /// Keeps the memory of a block that was freed, unless that makes too much.
+    fn keep(&mut self, place: Place, pages: u32) {
+        self.bins.push(place, pages);
+        self.largest = self.largest.max(pages);
+        let most = (2 * self.largest as usize * PAGE_SIZE).clamp(*KEEP.start(), *KEEP.end());
+        if self.bins.pages() as usize * PAGE_SIZE > most {
+            self.give_memory_back();
         }
     }
 
@@ -337,10 +351,7 @@ pub fn free(address: usize) -> bool {
     if discarded {
         heap.give_back(place, block.pages);
     } else {
-        heap.bins.push(place, block.pages);
-        if heap.bins.pages() as usize * PAGE_SIZE > KEEP {
-            heap.give_memory_back();
-        }
+        heap.keep(place, block.pages);
     }
     true
 }
