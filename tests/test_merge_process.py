@@ -280,8 +280,8 @@ def test_what_is_kept_goes_back_when_nothing_comes_for_it() -> None:
     program(
         """
         held = chance(1, 4 * MIB).copy()
-        np.ones(32 * MIB, np.uint8)  # freed at once: twice as much is kept at most
         before = pss()
+        np.ones(32 * MIB, np.uint8)  # freed at once: twice as much is kept at most
         freed = [np.ones(2 * MIB, np.uint8) for _ in range(16)]
         del freed
         assert ksmrs.process_stats().numpy_kept_bytes >= 32 * MIB and pss() > before + 30 * MIB
