@@ -20,7 +20,7 @@ from typing import Any
 import measure
 
 NEEDS = ("pandas",)
-ROWS, QUICK_ROWS = 1_500_000, 150_000
+ROWS, QUICK_ROWS = 1_500_000, 300_000
 NUMBERS = ("pickup", "minutes", "km", "fare", "tip", "tolls", "passengers", "vendor", "from", "to", "rate")
 QUESTIONS = ("busiest", "fare by hour", "tips", "routes", "longest", "speed")
 

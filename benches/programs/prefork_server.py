@@ -26,7 +26,7 @@ import measure
 
 NEEDS = ("gunicorn", "numpy")
 WIDTH = 64
-ARTICLES, QUICK_ARTICLES, NONE = 160_000, 16_000, 100
+ARTICLES, QUICK_ARTICLES, NONE = 160_000, 48_000, 100
 STOCK = 16
 """Entries of stock per article: warehouses."""
 OWN_ROWS = 64
