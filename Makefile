@@ -74,8 +74,9 @@ pytest: $(INSTALLED) $(MUTANTS)
 bench: $(INSTALLED) $(BENCH_ENVIRONMENT)
 	$(BIN)/python benches/report.py $(BENCH_FLAGS)
 
-$(BENCH_ENVIRONMENT): benches/requirements.txt $(ENVIRONMENT)
+$(BENCH_ENVIRONMENT): benches/requirements.txt benches/requirements-alone.txt $(ENVIRONMENT)
 	$(BIN)/python -m pip install --quiet -r benches/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r benches/requirements-alone.txt
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +78,10 @@ def store(broker: int) -> int:
     """Bytes of memory that the frame stores of a broker hold."""
     held = 0
     for link in Path(f"/proc/{broker}/fd").iterdir():
-        if os.readlink(link).startswith("/memfd:ksmrs-store"):
-            held += link.stat().st_blocks * 512
+        # What it opens only for a moment may be closed by now.
+        with suppress(FileNotFoundError):
+            if os.readlink(link).startswith("/memfd:ksmrs-store"):
+                held += link.stat().st_blocks * 512
     return held
 
 

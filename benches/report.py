@@ -3,9 +3,10 @@
     python benches/report.py [--quick] [--only NAME ...] [--without-kernel] [--to benches/report]
 
 Each bench is a child process with --json; what is compared is compared within one child, by that bench. Kernel KSM's knobs
-are the same afterwards, also after Ctrl-C or SIGTERM or when a child, or this process, is killed. Without root or
-without kernel KSM, ksmrs is measured alone, and the report says so. A bench that fails is named in the report, and the exit
-status is 1. Quick figures are of sizes too small to judge, and are not judged.
+are the same afterwards, also after Ctrl-C or SIGTERM or when a child, or this process, is killed. Without root or without
+kernel KSM, ksmrs is measured alone, and the report says so. A bench that fails is named in the report, and the exit status is
+1; a program whose packages are missing is named as skipped. Quick figures are of sizes too small to judge, and are not
+judged.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ LIMIT_SECONDS = 1800
 """A bench that takes longer is stuck."""
 PATIENCE_SECONDS = 30
 """How long an interrupted bench may take to put the knobs back itself."""
+
+
+SKIPPED = 77
+"""The status of a program whose packages are not installed."""
+PROGRAMS = ("model_server", "data_frames", "prefork_server", "joblib_workers")
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ SCENARIOS = {
     "write_wait": Scenario("write_wait.py", (), ("--seconds", "1", "--mb", "4")),
     "freeze_window": Scenario("freeze_window.py", (), ("--seconds", "0.2", "--rounds", "150")),
     "freeze_tracked": Scenario("freeze_tracked.py", (), ("--rounds", "3")),
+    **{name: Scenario(f"programs/{name}.py", ("--rounds", "3"), ("--quick",)) for name in PROGRAMS},
 }
 
 
@@ -252,6 +259,22 @@ def cpu_ceiling(result: dict[str, Any]) -> list[Row]:
     ]
 
 
+def program(name: str, result: dict[str, Any]) -> list[Row]:
+    """What a real program takes with each engine, as a part of what it takes without."""
+    found = []
+    for figure in (
+        "memory when merged, MiB",
+        "requests/s while merging",
+        "p99 while merging, ms",
+        "requests/s after merging",
+    ):
+        value = {how: figures[figure]["median"] for how, figures in result["of_without"].items()}
+        without = result["figures"]["without"][figure]["median"]
+        row = Row(f"{name}: {figure}, {without:,.4g} without", "of that", value.get("kernel"), None, value["ksmrs"])
+        found.append(row)
+    return found
+
+
 def rows(results: dict[str, Any]) -> list[Row]:
     """The table of DESIGN's targets, as far as they were measured."""
     found = []
@@ -298,6 +321,9 @@ def rows(results: dict[str, Any]) -> list[Row]:
         found += idle(results["idle"])
     if "cpu_ceiling" in results:
         found += cpu_ceiling(results["cpu_ceiling"])
+    for name in PROGRAMS:
+        if name in results:
+            found += program(name, results[name])
     for name, figures in results.get("scan_clean", {}).items():
         found.append(Row(f"scan unique pages again, {name}", "ns a page", private=figures["scanner_ns"]))
     return found
@@ -351,6 +377,10 @@ def stop(child: subprocess.Popen[str]) -> None:
         return
 
 
+class Skipped(Exception):
+    """A bench cannot run here; why."""
+
+
 def run(scenario: Scenario, quick: bool, environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
     """What a bench found, or None and the last line that it said."""
     command = [sys.executable, str(HERE / scenario.script), *(scenario.quick if quick else scenario.full), "--json"]
@@ -363,8 +393,10 @@ def run(scenario: Scenario, quick: bool, environment: dict[str, str]) -> tuple[d
         return None, f"not done after {LIMIT_SECONDS} s"
     finally:
         stop(child)
+    said = err.strip().splitlines()
+    if child.returncode == SKIPPED:
+        raise Skipped(said[-1])
     if child.returncode != 0:
-        said = err.strip().splitlines()
         return None, f"status {child.returncode}: {said[-1] if said else 'nothing said'}"
     try:
         return json.loads(out), ""
@@ -399,6 +431,8 @@ def markdown(report: dict[str, Any], table: list[Row]) -> str:
         lines.append(f"| {' | '.join([row.work, row.unit, *figures, ratio, target, row.reached(quick)])} |")
     if report["failed"]:
         lines += ["", "## Failed", "", *(f"- {name}: {why}" for name, why in report["failed"].items())]
+    if report["skipped"]:
+        lines += ["", "## Skipped", "", *(f"- {name}: {why}" for name, why in report["skipped"].items())]
     lines += ["", "## All figures"]
     for name, result in report["results"].items():
         scenario = SCENARIOS[name]
@@ -466,11 +500,17 @@ def main() -> int:
         "kernel_unavailable": kernel_ksm.unavailable(),
         "results": {},
         "failed": {},
+        "skipped": {},
     }
     began = time.monotonic()
     for name in arguments.only or SCENARIOS:
         print(f"{name} ...", flush=True)
-        result, why = run(SCENARIOS[name], arguments.quick, environment)
+        try:
+            result, why = run(SCENARIOS[name], arguments.quick, environment)
+        except Skipped as reason:
+            report["skipped"][name] = str(reason)
+            print(f"{name}: {reason}", file=sys.stderr)
+            continue
         if result is None:
             report["failed"][name] = why
             print(f"{name} failed: {why}", file=sys.stderr)

@@ -186,6 +186,32 @@ def test_what_is_kept_is_bounded_and_free_arenas_end() -> None:
     )
 
 
+def test_what_is_kept_goes_back_when_nothing_comes_for_it() -> None:
+    """Not what a program has use for: arrays that come and go meanwhile keep theirs."""
+    program(
+        """
+        held = chance(1, 4 * MIB).copy()
+        before = pss()
+        np.ones(32 * MIB, np.uint8)  # freed at once: twice as much is kept at most
+        freed = [np.ones(2 * MIB, np.uint8) for _ in range(16)]
+        del freed
+        assert ksmrs.process_stats().numpy_kept_bytes >= 32 * MIB and pss() > before + 30 * MIB
+        addresses, used = set(), 0
+        def still_kept():
+            # Two at a time, of another size.
+            global used
+            first, second = np.ones(MIB, np.uint8), np.ones(MIB, np.uint8)
+            addresses.update((first.ctypes.data, second.ctypes.data))
+            used += 1
+            return ksmrs.process_stats().numpy_kept_bytes
+        wait_for(lambda: still_kept() <= 2 * MIB, "the end of what nobody came for", 60)
+        assert ksmrs.process_stats().numpy_kept_bytes == 2 * MIB and pss() < before + 6 * MIB
+        assert used > 100 and len(addresses) == 2, (used, addresses)
+        assert (held == chance(1, 4 * MIB)).all() and not np.zeros(2 * MIB, np.uint8).any()
+        """
+    )
+
+
 def test_only_what_outlives_a_pass_takes_part() -> None:
     program(
         """

@@ -54,3 +54,27 @@ def test_each_race_has_its_rows(name: str, row: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [found for found in json.loads((tmp_path / "report.json").read_text())["rows"] if found["work"] == row]
     assert rows and all(found["private"] > 0 and found["shared"] > 0 for found in rows)
+
+
+@pytest.mark.skipif(not REPORT.exists(), reason="the benches are not beside these tests")
+def test_a_program_whose_packages_are_missing_is_named_and_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("import sys; print('not installed: x', file=sys.stderr); sys.exit(77)")
+    (tmp_path / "other.py").write_text("import sys; sys.exit('no')")
+    text = f"""
+import sys
+sys.path.insert(0, {str(REPORT.parent)!r})
+import report
+report.SCENARIOS = {{name: report.Scenario({str(tmp_path)!r} + f"/{{name}}.py") for name in sys.argv.pop().split()}}
+sys.exit(report.main())
+"""
+    for names, status in (("program", 0), ("program other", 1)):
+        words = ["--without-kernel", "--to", str(tmp_path / "to"), names]
+        done = subprocess.run(
+            [sys.executable, "-c", text, *words], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == status, done.stderr
+        found = json.loads((tmp_path / "to" / "report.json").read_text())
+        assert found["skipped"] == {"program": "not installed: x"} and set(found["failed"]) == {"other"} & {
+            *names.split()
+        }
+        assert "- program: not installed: x" in (tmp_path / "to" / "report.md").read_text()

@@ -124,7 +124,7 @@ class ProcessStats:
     numpy_mergeable_bytes: int = 0
     """How much of their memory takes part; the rest has not outlived a pass yet."""
     numpy_kept_bytes: int = 0
-    """Memory of arrays that are gone, kept for the next ones: 64 MiB at most."""
+    """Memory of arrays that are gone, kept for the next ones: twice the largest, 64 MiB at most, until nothing comes for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

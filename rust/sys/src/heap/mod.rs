@@ -3,7 +3,7 @@
 //! Blocks are whole pages of *arenas*, regions of which only some pages take part (`parts.rs`). A block takes part once it outlived
 //! a pass, so that what lives for moments costs nothing but its place; freed, it is abandoned: what shows a frame becomes fresh
 //! memory and nothing is copied. What is freed without having taken part keeps its memory for the next block of that size, up to
-//! [`KEEP`]. A lent address is found in a table of 2 MiB units, without a lock.
+//! [`KEEP`], until nobody came for it through a pass and [`SURPLUS`]. A lent address is found in a table of 2 MiB units, without a lock.
 //!
 //! ```text
 //!   lend --> Lent --(a pass began, and another)--> Open --(withdraw: unmerged, copied)--> Lent, or Out if pinned
@@ -29,9 +29,13 @@ use room::{Bins, Place, Room, UNIT, size_of};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-/// Bytes that freed blocks keep for the next of their size: what the C library keeps at most of what it could give back.
-pub const KEEP: usize = 64 << 20;
+/// Bytes that freed blocks keep at most for the next of their size: as in the C library twice the largest that was freed, but no less
+/// and no more than this. Blocks of one size serve no other, so that more would lie idle here than there.
+pub const KEEP: core::ops::RangeInclusive<usize> = 4 << 20..=64 << 20;
+/// How long blocks that nobody comes for keep their memory at least: less than a program that computes anything lets them lie.
+const SURPLUS: Duration = Duration::from_secs(1);
 /// Larger blocks give their memory back when they are freed, as the C library unmaps such.
 const KEEP_BLOCK: u32 = (32 << 20) / PAGE_SIZE as u32;
 /// Pages of an arena, unless a block needs more.
@@ -80,6 +84,10 @@ struct Heap {
     bins: Bins,
     /// Arenas of which nothing is lent or kept.
     idle: usize,
+    /// Pages of the largest block that was freed and kept its memory.
+    largest: u32,
+    /// When it was last asked which blocks nobody came for.
+    asked: Option<Instant>,
 }
 
 static HEAP: Mutex<Heap> = Mutex::new(Heap {
@@ -90,6 +98,8 @@ static HEAP: Mutex<Heap> = Mutex::new(Heap {
     room: Room::new(),
     bins: Bins::new(),
     idle: 0,
+    largest: 0,
+    asked: None,
 });
 
 /// The pass that is under way, as far as this process knows.
@@ -212,9 +222,34 @@ impl Heap {
         }
     }
 
+    /// Keeps the memory of a block that was freed, unless that makes too much.
+    fn keep(&mut self, place: Place, pages: u32) {
+        self.bins.push(place, pages);
+        self.largest = self.largest.max(pages);
+        let most = (2 * self.largest as usize * PAGE_SIZE).clamp(*KEEP.start(), *KEEP.end());
+        if self.bins.pages() as usize * PAGE_SIZE > most {
+            self.give_memory_back();
+        }
+    }
+
     /// Gives up the memory of all blocks in bins.
     fn give_memory_back(&mut self) {
-        for (place, pages) in self.bins.drain() {
+        let blocks = self.bins.drain();
+        self.give_up(blocks);
+    }
+
+    /// Gives up the memory of the blocks that nobody came for since the last time, unless that was just now.
+    fn give_surplus_back(&mut self) {
+        if self.asked.is_some_and(|asked| asked.elapsed() < SURPLUS) {
+            return;
+        }
+        self.asked = Some(Instant::now());
+        let blocks = self.bins.drain_surplus();
+        self.give_up(blocks);
+    }
+
+    fn give_up(&mut self, blocks: Vec<(Place, u32)>) {
+        for (place, pages) in blocks {
             let discarded = self
                 .arenas
                 .get(&place.arena)
@@ -318,15 +353,13 @@ pub fn free(address: usize) -> bool {
     if discarded {
         heap.give_back(place, block.pages);
     } else {
-        heap.bins.push(place, block.pages);
-        if heap.bins.pages() as usize * PAGE_SIZE > KEEP {
-            heap.give_memory_back();
-        }
+        heap.keep(place, block.pages);
     }
     true
 }
 
-/// A pass began, as the broker says: what was lent before it, and before the last look, takes part.
+/// A pass began, as the broker says: what was lent before it, and before the last look, takes part, and memory that is kept for blocks
+/// that did not come goes back.
 pub fn pass_began(pass: u16) {
     if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !blocks_take_part() {
         return;
@@ -334,6 +367,7 @@ pub fn pass_began(pass: u16) {
     for arena in arenas() {
         open(&arena, blocks_take_part, |_, block| block.pass != pass);
     }
+    heap().give_surplus_back();
 }
 
 /// Has all that is lent take part at once, unless it was withdrawn.

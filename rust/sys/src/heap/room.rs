@@ -1,9 +1,10 @@
 //! Where free pages of the arenas are: pure bookkeeping, by size and by place.
 //!
 //! Free runs hold no memory and read as zeros; neighbours are always one run. Blocks that were returned with their memory wait in bins, by
-//! size, last in first out, for the next block of that size. Nothing here looks at a page.
+//! size, last in first out, for the next block of that size; those at the bottom that nobody came for are surplus. Nothing here looks at
+//! a page.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Pages of a 2 MiB unit. Blocks of that size and more begin with one, so that equal ones can be equal huge pages.
 pub(super) const UNIT: u32 = crate::object::EXTENT_PAGES;
@@ -111,8 +112,16 @@ impl Room {
 
 /// Blocks that were returned and keep their memory.
 pub(super) struct Bins {
-    by_size: BTreeMap<u32, Vec<Place>>,
+    by_size: BTreeMap<u32, Bin>,
     pages: u32,
+}
+
+/// Those of one size.
+#[derive(Default)]
+struct Bin {
+    places: VecDeque<Place>,
+    /// The fewest that waited at a time since the last look: so many were not needed.
+    least: usize,
 }
 
 impl Bins {
@@ -129,12 +138,14 @@ impl Bins {
     }
 
     pub(super) fn push(&mut self, place: Place, pages: u32) {
-        self.by_size.entry(pages).or_default().push(place);
+        self.by_size.entry(pages).or_default().places.push_back(place);
         self.pages += pages;
     }
 
     pub(super) fn pop(&mut self, pages: u32) -> Option<Place> {
-        let place = self.by_size.get_mut(&pages)?.pop()?;
+        let bin = self.by_size.get_mut(&pages)?;
+        let place = bin.places.pop_back()?;
+        bin.least = bin.least.min(bin.places.len());
         self.pages -= pages;
         Some(place)
     }
@@ -143,26 +154,42 @@ impl Bins {
     pub(super) fn drain(&mut self) -> Vec<(Place, u32)> {
         self.pages = 0;
         let bins = core::mem::take(&mut self.by_size).into_iter();
-        let mut blocks: Vec<(Place, u32)> = bins
-            .flat_map(|(pages, places)| places.into_iter().map(move |place| (place, pages)))
-            .collect();
-        blocks.sort_unstable();
-        blocks.dedup_by(|(next, length), (place, pages)| {
-            let touches = next.arena == place.arena && next.first == place.first + *pages;
-            *pages += if touches { *length } else { 0 };
-            touches
-        });
-        blocks
+        as_runs(bins.flat_map(|(pages, bin)| bin.places.into_iter().map(move |place| (place, pages))))
+    }
+
+    /// Those that nobody needed since this was last asked, in the same way.
+    pub(super) fn drain_surplus(&mut self) -> Vec<(Place, u32)> {
+        let mut surplus = Vec::new();
+        for (pages, bin) in &mut self.by_size {
+            surplus.extend(bin.places.drain(..bin.least).map(|place| (place, *pages)));
+            bin.least = bin.places.len();
+        }
+        self.by_size.retain(|_, bin| !bin.places.is_empty());
+        self.pages -= surplus.iter().map(|(_, pages)| pages).sum::<u32>();
+        as_runs(surplus.into_iter())
     }
 
     /// Forgets what an arena has.
     pub(super) fn forget(&mut self, arena: u32) {
-        for (pages, places) in &mut self.by_size {
-            let before = places.len();
-            places.retain(|place| place.arena != arena);
-            self.pages -= pages * (before - places.len()) as u32;
+        for (pages, bin) in &mut self.by_size {
+            let before = bin.places.len();
+            bin.places.retain(|place| place.arena != arena);
+            bin.least = bin.least.min(bin.places.len());
+            self.pages -= pages * (before - bin.places.len()) as u32;
         }
     }
+}
+
+/// Neighbours as one.
+fn as_runs(blocks: impl Iterator<Item = (Place, u32)>) -> Vec<(Place, u32)> {
+    let mut runs: Vec<(Place, u32)> = blocks.collect();
+    runs.sort_unstable();
+    runs.dedup_by(|(next, length), (place, pages)| {
+        let touches = next.arena == place.arena && next.first == place.first + *pages;
+        *pages += if touches { *length } else { 0 };
+        touches
+    });
+    runs
 }
 
 #[cfg(test)]
@@ -234,5 +261,36 @@ mod tests {
         }
         let drained = vec![(place(2, 0), 24), (place(2, 32), 8)];
         assert_eq!((bins.drain(), bins.pages()), (drained, 0));
+    }
+
+    #[test]
+    fn what_nobody_came_for_is_surplus() {
+        let mut bins = Bins::new();
+        let place = |first| Place { arena: 0, first };
+        for first in [0, 100, 200] {
+            bins.push(place(first), 16);
+        }
+        bins.push(place(300), 24);
+        assert_eq!(bins.drain_surplus(), []);
+        // Two at a time were needed since, and one of the other size came back meanwhile.
+        for _ in 0..3 {
+            let (one, other) = (bins.pop(16).unwrap(), bins.pop(16).unwrap());
+            bins.push(one, 16);
+            bins.push(other, 16);
+        }
+        assert_eq!(bins.drain_surplus(), [(place(0), 16), (place(300), 24)]);
+        assert_eq!(bins.pages(), 32);
+        // One was away when this was asked.
+        let away = bins.pop(16).unwrap();
+        assert_eq!(bins.drain_surplus().len(), 1);
+        bins.push(away, 16);
+        assert_eq!(bins.drain_surplus(), []);
+        bins.forget(0);
+        assert_eq!((bins.drain_surplus(), bins.pages()), (vec![], 0));
+        bins.push(place(8), 8);
+        bins.push(place(0), 8);
+        assert_eq!(bins.drain_surplus(), []);
+        assert_eq!(bins.drain_surplus(), [(place(0), 16)]);
+        assert_eq!(bins.pages(), 0);
     }
 }
