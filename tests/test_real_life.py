@@ -203,3 +203,89 @@ def test_pickles_and_copies_of_opted_in_arrays_are_those_of_any_other() -> None:
         if rounds >= 5 and ksmrs.process_stats().merges - before >= 2 * PAGES:
             return
     raise AssertionError(f"nothing merged meanwhile: {ksmrs.stats()}")
+
+
+PINNED_BY_A_PIPE = """
+    import ctypes, mmap
+    from multiprocessing.shared_memory import SharedMemory
+    size = 2 << 20
+    content = np.random.default_rng(1).integers(0, 256, size, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    class Piece(ctypes.Structure):
+        _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+    def lend(array):
+        # The pipe has the page itself, as a device would.
+        out, into = os.pipe()
+        piece = Piece(array.ctypes.data + 3 * 4096, 4096)
+        assert libc.vmsplice(into, ctypes.byref(piece), ctypes.c_ulong(1), 0) == 4096, ctypes.get_errno()
+        os.close(into)
+        return out
+    def is_the_same_page(out, array):
+        array[3 * 4096] ^= 255
+        seen = os.read(out, 4096)[0]
+        os.close(out)
+        return seen == array[3 * 4096]
+    def refused(act):
+        try:
+            act()
+        except ksmrs.PinnedError as error:
+            assert isinstance(error, BufferError) and "ksmrs.pinned" in str(error), error
+            return True
+        return False
+"""
+
+
+def test_pinned_memory_that_is_opted_out_stays_where_it_is() -> None:
+    run(
+        PINNED_BY_A_PIPE
+        + """
+    maps = [mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+    for memory in maps:
+        memory[:] = content.tobytes()
+        ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+    ksmrs.merge(60)
+    assert ksmrs.process_stats().ksm_merging_pages == 1024
+    array = np.frombuffer(maps[0], np.uint8)
+    with ksmrs.pinned(array[: 10 * 4096]):
+        with ksmrs.pinned(array):
+            out = lend(array)
+            ksmrs.madvise(array, ksmrs.MADV_UNMERGEABLE)
+            assert is_the_same_page(out, array)
+            out = lend(array)
+        assert is_the_same_page(out, array), "the other pin goes on"
+        assert ksmrs.process_stats().ksm_merging_pages == 512, "all of it is out at once"
+        assert ksmrs.process_stats().adopted_bytes == 2 * size
+    assert ksmrs.process_stats().adopted_bytes == size, "it is its owner's again"
+    assert (array == content).all()
+    del array
+    maps[0].close()
+    """
+    )
+
+
+def test_what_is_pinned_cannot_be_closed() -> None:
+    run(
+        PINNED_BY_A_PIPE
+        + """
+    regions = [ksmrs.Region(size) for _ in range(2)]
+    arrays = [region.array(np.uint8, size) for region in regions]
+    objects = [SharedMemory(create=True, size=size) for _ in range(2)]
+    for array in arrays:
+        array[:] = content
+    for memory in objects:
+        memory.buf[:] = content.tobytes()
+        ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+    wait_for(lambda: ksmrs.merge(5) and ksmrs.process_stats().ksm_merging_pages == 2048, "all four merged")
+    with ksmrs.pinned(regions[0]), ksmrs.pinned(objects[0]):
+        out = lend(arrays[0])
+        assert refused(regions[0].close) and refused(objects[0].close)
+        assert is_the_same_page(out, arrays[0])
+        assert not regions[0].closed and bytes(objects[0].buf) == content.tobytes()
+    arrays[0][3 * 4096] ^= 255
+    for region, array, memory in zip(regions, arrays, objects):
+        region.close()
+        assert (array == content).all() and bytes(memory.buf) == content.tobytes()
+        memory.close()
+        memory.unlink()
+    """
+    )

@@ -21,7 +21,14 @@ from collections.abc import Callable
 from typing import Any
 
 from ksmrs import _faulthandler, _ksmrs
-from ksmrs._errors import ArgumentError, ClosedRegionError, ForeignMemoryError, SystemCallError, UnsupportedError
+from ksmrs._errors import (
+    ArgumentError,
+    ClosedRegionError,
+    ForeignMemoryError,
+    PinnedError,
+    SystemCallError,
+    UnsupportedError,
+)
 from ksmrs._extent import extent, is_shared_memory, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
@@ -130,8 +137,8 @@ def collect() -> None:
                     hold.abandon()
                 else:
                     hold.give_back()
-            except SystemCallError:
-                # No room for its bytes now: it is held on to until there is.
+            except (SystemCallError, PinnedError):
+                # No room for its bytes now, or somebody at them: it is held on to until that is over.
                 _holds[key] = hold
                 continue
             hold.let_go()
@@ -160,7 +167,7 @@ def _at_exit() -> None:
         for region in hold.regions:
             if region.shared:
                 # Others may find its object. What has no room here is written back by the broker.
-                with contextlib.suppress(SystemCallError):
+                with contextlib.suppress(SystemCallError, PinnedError):
                     region.give_back()
             region.retire()
 
@@ -238,8 +245,22 @@ def unadvise(address: int, nbytes: int) -> None:
             if part != (start, start + length):
                 _ksmrs.advise(part[0], part[1] - part[0], False)
             if adopted:
-                _give_back(start, whole=part == (start, start + length))
+                try:
+                    _give_back(start, whole=part == (start, start + length))
+                except PinnedError:
+                    # Out at once, and as it was when the last pin ends.
+                    _ksmrs.advise(part[0], part[1] - part[0], False)
         collect()
+
+
+def unpinned(address: int, nbytes: int) -> None:
+    """Let what was opted out as a whole while it was pinned become what it was."""
+    with _process.lock:
+        for start, _, adopted in _ksmrs.regions_touching(address, nbytes):
+            if adopted:
+                # Other pins may go on, or there is no room now: it stays out, and its owner may opt it out again.
+                with contextlib.suppress(PinnedError, SystemCallError):
+                    _give_back(start, whole=False)
 
 
 def _leave_before_close(memory: Any, key: int) -> None:

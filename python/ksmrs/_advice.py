@@ -79,7 +79,8 @@ def pinned(buffer: Any) -> Iterator[None]:
 
     For system calls that write into merged shared memory (they fail with EFAULT where a plain write would not), for pages
     that the kernel or a device holds on to, for locks shared between processes. Pins count: the last one out lets go. Memory
-    that takes no part needs none of it, and is left as it is.
+    that takes no part needs none of it, and is left as it is. Pinned pages are not moved: memory that the program made and opts
+    out inside is its own again when the last pin ends, and to close a region, or a `SharedMemory`, raises `PinnedError`.
     """
     address, nbytes = extent(buffer)
     pins = []
@@ -91,3 +92,4 @@ def pinned(buffer: Any) -> Iterator[None]:
     finally:
         for pin in pins:
             pin.release()
+        _adopt.unpinned(address, nbytes)

@@ -26,6 +26,10 @@ class ForeignMemoryError(KsmrsError, BufferError):
     """The buffer does not lie in memory that ksmrs made, or no buffer can be had of the object."""
 
 
+class PinnedError(KsmrsError, BufferError):
+    """Memory was to be closed, or given to somebody else, while it is pinned: whoever it is pinned for may have its pages."""
+
+
 class SystemCallError(KsmrsError, OSError):
     """The operating system said no; `errno` says how, as with every OSError."""
 

@@ -65,6 +65,7 @@ pub fn from_client(py: Python<'_>, refused: Error) -> PyErr {
     }
     let class = match refused {
         Error::System(SysError::Unfit { .. }) => "ForeignMemoryError",
+        Error::System(SysError::Pinned { .. }) => "PinnedError",
         Error::Size { .. } | Error::Range { .. } => "ArgumentError",
         Error::Refused {
             code: ErrorCode::InvalidValue,

@@ -20,14 +20,23 @@ impl Region {
     /// Ends merging for good: plain memory again, with its bytes, at the same address. Nothing of the store stays mapped.
     ///
     /// # Errors
-    /// No memory for the copies; what was opted in before takes part again.
+    /// No memory for the copies, or pins: a page over a slot would be copied away from under whoever it is pinned for. What was opted
+    /// in before takes part again.
     pub fn leave(&self) -> Result<(), SysError> {
         if !self.is_ours() {
             return self.hold(0..self.pages());
         }
-        // Opted out first, so that nobody lets a page take part again that has left.
         let whole = core::iter::once(0..self.pages()).collect();
-        let before = core::mem::replace(&mut self.holds().unadvised, whole);
+        let (before, ends) = {
+            let mut holds = self.holds();
+            let pins = holds.pins.len();
+            if pins > 0 {
+                return Err(SysError::Pinned { pins });
+            }
+            // Opted out first, so that nobody lets a page take part again that has left; and no pin begins meanwhile.
+            let ends = core::mem::replace(&mut holds.leaving, true);
+            (core::mem::replace(&mut holds.unadvised, whole), ends)
+        };
         let left = loop {
             let left = self.open(|mapping| mapping.with_scratch(|view| self.leave_on(&view)));
             match left {
@@ -37,6 +46,7 @@ impl Region {
             }
         };
         GIVEN_UP.fetch_add(1, Ordering::Relaxed);
+        self.holds().leaving = ends;
         left.unwrap_or(Ok(()))
             .map_err(|errno| SysError::call("mremap", self.what_leaves(errno))(errno))
             .inspect_err(|_| {
@@ -88,7 +98,7 @@ impl Region {
     /// [`Region::end_tracking`].
     ///
     /// # Errors
-    /// No memory for the copies; then the region goes on, out of merging.
+    /// No memory for the copies, or [`SysError::Pinned`]; then the region goes on as it was.
     pub fn give_back(&self) -> Result<(), SysError> {
         debug_assert!(self.is_adopted(), "regions of our own are closed");
         if self.is_closed() {

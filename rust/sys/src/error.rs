@@ -54,6 +54,14 @@ pub enum SysError {
         /// What forbids it, and what to do about it.
         reason: &'static str,
     },
+    /// What would move pages that a device or a system call may hold on to.
+    #[error(
+        "{pins} pins of this memory have not ended, and pinned pages are not moved: first leave `with ksmrs.pinned`"
+    )]
+    Pinned {
+        /// How many.
+        pins: usize,
+    },
     /// A datagram broke the rules of the socket: cut off, too many descriptors, a stranger's control message.
     #[error("malformed datagram: {reason}")]
     Datagram {
@@ -82,7 +90,9 @@ impl SysError {
             SysError::Call { errno, .. } | SysError::NoRoom { errno, .. } => Some(errno.raw_os_error()),
             SysError::TableFull { .. } => Some(Errno::NOSPC.raw_os_error()),
             SysError::Closed => Some(Errno::PIPE.raw_os_error()),
-            SysError::Vetting { .. } | SysError::Datagram { .. } | SysError::Unfit { .. } => None,
+            SysError::Vetting { .. } | SysError::Datagram { .. } | SysError::Unfit { .. } | SysError::Pinned { .. } => {
+                None
+            }
         }
     }
 

@@ -20,6 +20,7 @@ use crate::parts::Parts;
 use crate::protocol::{self, Access, Kind, Memory, Page, Span, Words};
 use crate::registry::{self, Area};
 use crate::sigmask::Blocked;
+use crate::signal;
 use crate::staging::Staging;
 use crate::tracking::Tracking;
 use crate::word::{State, Word};
@@ -286,7 +287,19 @@ impl Region {
         if !self.is_ours() {
             return self.hold(pages);
         }
-        self.holds().pins.push(pages.clone());
+        loop {
+            let mut holds = self.holds();
+            if !holds.leaving {
+                holds.pins.push(pages.clone());
+                break;
+            }
+            drop(holds);
+            // It may be copied just now. Once it is plain memory, nobody moves it any more.
+            if self.is_closed() {
+                return Ok(());
+            }
+            signal::nap();
+        }
         self.keep_out(pages.clone()).inspect_err(|_| self.unpin(pages))
     }
 
