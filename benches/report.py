@@ -53,6 +53,7 @@ SCENARIOS = {
     "merge_arrays": Scenario("merge_equal.py", ("--arrays",), ("--arrays", "--mb", "8", "--rounds", "1")),
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
+    "beside_a_newcomer": Scenario("time_to_savings.py", ("--newcomer", "4096"), ("--mb", "8", "--newcomer", "64")),
     "first_write": Scenario("first_write.py", (), ("--mb", "4", "--rounds", "1")),
     "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
     "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),
@@ -297,11 +298,12 @@ def rows(results: dict[str, Any]) -> list[Row]:
         row.target_private = row.target_shared = target
         found.append(row)
         found += saved(work, engines)
-    if "time_to_savings" in results:
-        result = results["time_to_savings"]
+    for result in (results[name] for name in ("time_to_savings", "beside_a_newcomer") if name in results):
         for unit, name in (("s", "wall_seconds"), ("s CPU", "merge_cpu_seconds")):
             value = {kind: figures[name] for kind, figures in result["figures"].items()}
             work = f"until 90 % is saved, default settings: {result['processes']} x {result['mb']} MiB"
+            if result["newcomer_mb"]:
+                work += f" beside {result['newcomer_mb']} MiB"
             found.append(Row(work, unit, value.get("kernel"), None, value["private"], value["shared"]))
     if "first_write" in results:
         found += first_write(results["first_write"])

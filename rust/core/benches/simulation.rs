@@ -1,14 +1,19 @@
 //! Core without a kernel: ten thousand clients and 1 TiB of pages, by default, and what deciding about them costs.
 //!
-//!     cargo bench -p ksmrs-core --bench simulation -- [CLIENTS [PAGES_EACH]]
+//!     cargo bench -p ksmrs-core --bench simulation -- [CLIENTS [PAGES_EACH [SMART_PASSES]]]
 //!
 //! The clients are programs in groups of a hundred. A stretch of 64 pages is, by a hash, the group's own (40 of 100: the same
 //! in all of its processes), a pair's (20), zeros (10), or unlike any other (30). Everybody answers at once and honestly, and time is what core
 //! says it would wait for, so all that is measured is core: the time within its methods, and what it allocates by its own count. At the end a
 //! newcomer with 10 GiB joins, and two with 64 MiB each, equal to one another, in the middle of a pass: how long until nine tenths of what the
 //! two can save is saved, and how long where they are alone, is told for the fewest and the most pages per batch that the advisor says by
-//! default; a page looked at takes half a microsecond then. Prints one JSON object. Needs about 36 bytes of memory per simulated page.
-#![allow(clippy::print_stdout, reason = "it is a program, and this its report")]
+//! default; a page looked at takes half a microsecond then. Prints one JSON object, and on stderr
+//! what goes into it as it is found. Needs about 36 bytes of memory per simulated page.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "it is a program, and this its report"
+)]
 
 use ksmrs_core::{
     Checksum, ClientId, Core, Decision, Epoch, Kind, Next, Observation, PageNumber, Run, RunOutcome, Seen, Slot,
@@ -333,13 +338,15 @@ fn main() {
     let mut passes = Vec::new();
     for name in ["first look", "candidates, merges", "steady", "steady again"] {
         passes.push(simulation.pass(|_| false).json(name, pages));
+        eprintln!("{}", passes[passes.len() - 1]);
     }
     let merged = simulation.core.stats();
     simulation.core.set("smart_scan", "1").expect("a valid knob");
-    for _ in 0..12 {
+    for _ in 0..numbers.get(2).copied().unwrap_or(12) {
         simulation.pass(|_| false);
     }
     passes.push(simulation.pass(|_| false).json("smart scan", pages));
+    eprintln!("{}", passes[passes.len() - 1]);
 
     // A newcomer with a hundred times the others' memory, looked at when half of the others are done.
     simulation.core.set("smart_scan", "0").expect("a valid knob");
@@ -368,7 +375,9 @@ fn main() {
         alone.core.set("pages_to_scan", batch).expect("a valid knob");
         let alone = alone.latecomers();
         let (wait, alone) = (wait.as_secs_f64(), alone.as_secs_f64());
-        format!(r#"{{"pages_to_scan": {batch}, "seconds": {wait:.2}, "alone": {alone:.2}}}"#)
+        let found = format!(r#"{{"pages_to_scan": {batch}, "seconds": {wait:.2}, "alone": {alone:.2}}}"#);
+        eprintln!("{found}");
+        found
     });
     println!(
         r#"{{"clients": {clients}, "pages": {pages}, "gib": {:.1}, "pages_shared": {}, "pages_sharing": {}, "pages_unshared": {}, "ksm_zero_pages": {}, "proposals_unequal": {}, "passes": [{}], "pages_looked_at_when_half_is_done": {fairness}, "latecomers_with_64_mib_save": [{}]}}"#,
