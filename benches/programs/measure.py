@@ -401,8 +401,9 @@ def main(run: Callable[[Side], None], about: str | None, needs: Sequence[str]) -
     runs: dict[str, list[dict[str, float]]] = {how: [] for how in hows}
     first: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="ksmrs-program-") as folder:
-        # In turn, so that a noisy minute is everybody's.
-        for how in hows * arguments.rounds:
+        # In turn, so that a noisy minute is everybody's, and there and back, so that nobody is always first.
+        turns = [how for number in range(arguments.rounds) for how in (hows[::-1] if number % 2 else hows)]
+        for how in turns:
             side = Side(how, arguments.quick, arguments.workers, Path(folder))
             with side.engine():
                 run(side)
