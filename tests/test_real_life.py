@@ -253,7 +253,7 @@ def test_pinned_memory_that_is_opted_out_stays_where_it_is() -> None:
             assert is_the_same_page(out, array)
             out = lend(array)
         assert is_the_same_page(out, array), "the other pin goes on"
-        assert ksmrs.process_stats().ksm_merging_pages == 512, "all of it is out at once"
+        wait_for(lambda: ksmrs.process_stats().ksm_merging_pages == 512, "the broker seeing that all of it is out")
         assert ksmrs.process_stats().adopted_bytes == 2 * size
     assert ksmrs.process_stats().adopted_bytes == size, "it is its owner's again"
     assert (array == content).all()
