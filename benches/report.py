@@ -265,9 +265,9 @@ def program(name: str, result: dict[str, Any]) -> list[Row]:
     found = []
     for figure in (
         "memory when merged, MiB",
-        "requests/s while merging",
+        "CPU a request while merging, ms",
+        "CPU a request after merging, ms",
         "p99 while merging, ms",
-        "requests/s after merging",
     ):
         value = {how: figures[figure]["median"] for how, figures in result["of_without"].items()}
         without = result["figures"]["without"][figure]["median"]

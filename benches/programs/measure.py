@@ -97,6 +97,7 @@ class Side:
         """Hashes by what was asked of whom; the same in every run."""
         self.broker: int | None = None
         self.environment = {k: v for k, v in os.environ.items() if not k.startswith("KSMRS_MERGE")} | ONE_THREAD
+        self._pids: list[int] = []
         self._machine = 0
         self._loaded = 0.0
         self._seen: list[tuple[float, int]] = []
@@ -116,6 +117,7 @@ class Side:
         """Measure what these processes, and whoever merges, take now."""
         import footprint
 
+        self._pids = list(pids)
         taken = footprint.together(map(footprint.of, pids))
         total = taken.pss + taken.page_tables + taken.mappings * footprint.vm_area_struct() + taken.rmap_items
         if self.broker is not None:
@@ -160,6 +162,7 @@ class Side:
         Behind one address may be `anyone` of the workers, so that who answered what is left out of account.
         """
         began = time.monotonic()
+        cpu = self._cpu()
         with self._watching(), ThreadPoolExecutor(len(addresses)) as pool:
             clients = [
                 pool.submit(
@@ -172,7 +175,7 @@ class Side:
                 for number, address in enumerate(addresses)
             ]
             took = [each for client in clients for each in client.result()]
-        self._tell(when, took, len(took) / (time.monotonic() - began))
+        self._tell(when, took, len(took), time.monotonic() - began, self._cpu() - cpu)
 
     def _client(self, address: tuple[str, int], who: str, bodies: Sequence[bytes], until: float) -> list[float]:
         took: list[float] = []
@@ -190,7 +193,7 @@ class Side:
         took: list[float] = []
         answers = 0
         with self._watching():
-            began = time.monotonic()
+            began, cpu = time.monotonic(), self._cpu()
             while time.monotonic() < began + seconds or not took:
                 before = time.perf_counter()
                 found = act()
@@ -198,11 +201,19 @@ class Side:
                 answers += len(found)
                 for number, each in enumerate(found):
                     self.answer(f"{when}, request {number}", each)
-            self._tell(when, took, answers / (time.monotonic() - began))
+            self._tell(when, took, answers, time.monotonic() - began, self._cpu() - cpu)
 
-    def _tell(self, when: str, took: list[float], rate: float) -> None:
+    def _cpu(self) -> float:
+        """Seconds of CPU of the processes last measured and the broker; they tell more than clocks where others work too."""
+        ticks = 0
+        for pid in [*self._pids, *([self.broker] if self.broker else [])]:
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def _tell(self, when: str, took: list[float], count: int, seconds: float, cpu: float) -> None:
         took.sort()
-        self.figures[f"requests/s {when}"] = rate
+        self.figures[f"requests/s {when}"] = count / seconds
+        self.figures[f"CPU a request {when}, ms"] = cpu / count * 1e3
         self.figures[f"p50 {when}, ms"] = took[len(took) // 2] * 1e3
         self.figures[f"p99 {when}, ms"] = took[len(took) * 99 // 100] * 1e3
 
