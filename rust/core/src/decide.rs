@@ -7,10 +7,10 @@
 use crate::ahead::EXTRA;
 use crate::founding::FoundingId;
 use crate::order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
-use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
+use crate::page::{Mark, PageNumber, PageRange, Place, Run};
 use crate::region::ClientId;
 use crate::tunables::run;
-use crate::{Core, Queue, idle, plan, scan};
+use crate::{Core, Queue, idle, plan};
 use std::time::Duration;
 
 /// What the driver does now.
@@ -24,8 +24,6 @@ pub enum Next {
     Idle,
 }
 
-/// Pages per Scan order of a merge on request: enough for whole windows, short enough for several clients to keep in step.
-const REQUESTED_SCAN: u32 = 4096;
 /// Choices without any page (smart scan left them out) before the driver gets a turn.
 const EMPTY_CHOICES: u32 = 16;
 /// When nothing could be unmapped, when to try again; also the shortest wait of a scan that found nothing to look at.
@@ -155,7 +153,7 @@ impl Core {
         })
     }
 
-    fn open(&mut self, id: ClientId, task: Task) -> crate::OrderId {
+    pub(crate) fn open(&mut self, id: ClientId, task: Task) -> crate::OrderId {
         for page in task.pinned() {
             self.regions.pin(page);
         }
@@ -475,74 +473,5 @@ impl Core {
     fn end_round(&mut self, nothing_to_scan: bool) {
         self.pace
             .end_round(self.now, self.events.merges, self.events.scanned, nothing_to_scan);
-    }
-
-    /// How many pages a client's turn has.
-    fn turn(&self, ahead: bool, requested: bool) -> u32 {
-        if requested {
-            return REQUESTED_SCAN;
-        }
-        let batch = self.tunables.pages_to_scan;
-        let share = if ahead {
-            batch / 2 / (self.queues[Queue::Ahead as usize].len() as u32 + 1)
-        } else {
-            batch / self.in_pass.max(1)
-        };
-        let want = self.pace.batch_left.min(share.max(WINDOW));
-        if self.tunables.is_advised() && want > 0 {
-            // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
-            want.max(WINDOW)
-        } else {
-            want
-        }
-    }
-
-    fn scan(&mut self, id: ClientId, ahead: bool, requested: bool) -> Option<Decision> {
-        let want = self.turn(ahead, requested);
-        let client = self.clients.get_mut(&id)?;
-        if client.scanner.is_some() || client.scanned && !ahead || want == 0 {
-            return None;
-        }
-        let choice = scan::Choice {
-            want,
-            smart: self.tunables.smart_scan == 1 && !requested,
-            pass: self.pass,
-        };
-        let (number, ranges) = if ahead {
-            self.choose_ahead(id, &choice)?
-        } else {
-            let (unstable, events) = (&mut self.unstable, &mut self.events);
-            let ranges = scan::next_ranges(client, &mut self.regions, &mut self.pages, &choice, |pages, page| {
-                events.skip(pages, unstable, page);
-            });
-            (self.pass, ranges)
-        };
-        let chosen: u32 = ranges.iter().map(|range| range.pages).sum();
-        if chosen == 0 {
-            return None;
-        }
-        let again = number != self.pass;
-        if !requested {
-            self.pace.spend(chosen, self.tunables.pages_to_scan);
-            self.halve(chosen, ahead);
-            self.advisor.look(self.now, self.pause());
-            if !again {
-                self.look_for_rifts(&ranges);
-            }
-        }
-        let (nodes, asked) = (self.tunables.nodes_count(), ranges.clone());
-        let task = Task::Scan {
-            ranges: asked,
-            nodes,
-            again,
-        };
-        let order = self.open(id, task);
-        Some(Decision::Scan {
-            client: id,
-            order,
-            pass: number,
-            nodes,
-            ranges,
-        })
     }
 }

@@ -6,9 +6,10 @@
 //! ever and never meet. Merged pages are never left out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
 
 use crate::client::Client;
-use crate::order::{MAX_RANGES, MAX_SCAN_PAGES};
+use crate::order::{Decision, MAX_RANGES, MAX_SCAN_PAGES, Task};
 use crate::page::{Mark, PageNumber, PageRange, Pages, Place, WINDOW};
-use crate::region::Regions;
+use crate::region::{ClientId, Regions};
+use crate::{Core, Queue};
 
 /// How a client's next pages are chosen.
 pub(crate) struct Choice {
@@ -25,6 +26,80 @@ const LONGEST_ROUND: u16 = 9;
 
 /// Pages walked over per page wanted before a choice ends short: keeps a step bounded where smart scan leaves out most.
 const WALK: u32 = 8;
+
+/// Pages per Scan order of a merge on request: enough for whole windows, short enough for several clients to keep in step.
+const REQUESTED_SCAN: u32 = 4096;
+
+impl Core {
+    /// How many pages a client's turn has.
+    fn turn(&self, ahead: bool, requested: bool) -> u32 {
+        if requested {
+            return REQUESTED_SCAN;
+        }
+        let batch = self.tunables.pages_to_scan;
+        let share = if ahead {
+            batch / 2 / (self.queues[Queue::Ahead as usize].len() as u32 + 1)
+        } else {
+            batch / self.in_pass.max(1)
+        };
+        let want = self.pace.batch_left.min(share.max(WINDOW));
+        if self.tunables.is_advised() && want > 0 {
+            // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
+            want.max(WINDOW)
+        } else {
+            want
+        }
+    }
+
+    pub(crate) fn scan(&mut self, id: ClientId, ahead: bool, requested: bool) -> Option<Decision> {
+        let want = self.turn(ahead, requested);
+        let client = self.clients.get_mut(&id)?;
+        if client.scanner.is_some() || client.scanned && !ahead || want == 0 {
+            return None;
+        }
+        let choice = Choice {
+            want,
+            smart: self.tunables.smart_scan == 1 && !requested,
+            pass: self.pass,
+        };
+        let (number, ranges) = if ahead {
+            self.choose_ahead(id, &choice)?
+        } else {
+            let (unstable, events) = (&mut self.unstable, &mut self.events);
+            let ranges = next_ranges(client, &mut self.regions, &mut self.pages, &choice, |pages, page| {
+                events.skip(pages, unstable, page);
+            });
+            (self.pass, ranges)
+        };
+        let chosen: u32 = ranges.iter().map(|range| range.pages).sum();
+        if chosen == 0 {
+            return None;
+        }
+        let again = number != self.pass;
+        if !requested {
+            self.pace.spend(chosen, self.tunables.pages_to_scan);
+            self.halve(chosen, ahead);
+            self.advisor.look(self.now, self.pause());
+            if !again {
+                self.look_for_rifts(&ranges);
+            }
+        }
+        let (nodes, asked) = (self.tunables.nodes_count(), ranges.clone());
+        let task = Task::Scan {
+            ranges: asked,
+            nodes,
+            again,
+        };
+        let order = self.open(id, task);
+        Some(Decision::Scan {
+            client: id,
+            order,
+            pass: number,
+            nodes,
+            ranges,
+        })
+    }
+}
 
 /// Pages chosen for one order.
 pub(crate) struct Chosen {
