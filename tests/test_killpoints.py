@@ -62,11 +62,14 @@ def write(step):
         if chance.integers(64) == 0:
             array[at] = kept ^ 0xFF
         array[at] = kept
+# Arrays of NumPy's take part too, each from the merge after it was made until the next one is there.
+ksmrs.merge_process(True)
 for step in (1, 2):
     threading.Thread(target=write, args=(step,), daemon=True).start()
 chance = np.random.default_rng(3)
 until = time.monotonic() + 60
 while time.monotonic() < until:
+    spare = contents.copy()
     ksmrs.merge(1)
     for region in regions:
         first = int(chance.integers(PAGES // 2)) * 4096

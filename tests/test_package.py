@@ -43,7 +43,7 @@ def test_all_names_exist_and_have_docstrings() -> None:
 
 def test_every_error_is_a_ksmrs_error_and_a_built_in_one() -> None:
     errors = [getattr(ksmrs, name) for name in ksmrs.__all__ if name.endswith("Error") and name != "KsmrsError"]
-    assert len(errors) == 9
+    assert len(errors) == 10
     for error in errors:
         assert issubclass(error, ksmrs.KsmrsError)
         assert any(

@@ -45,7 +45,7 @@ def quick(name: str, *words: str) -> dict[str, Any]:
         ("model_server", 250, 150),
         ("data_frames", 60, 0),
         ("prefork_server", 40, 15),
-        ("joblib_workers", 60, 20),
+        ("joblib_workers", 60, 5),
     ],
 )
 def test_answers_are_the_same_and_memory_is_saved(name: str, gross: int, net: int) -> None:
