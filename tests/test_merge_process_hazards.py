@@ -139,11 +139,7 @@ def test_on_and_off_while_eight_threads_use_it() -> None:
     program(
         """
         import ctypes, queue, random
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        api = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
-        default = ctypes.cast(api[306], ctypes.POINTER(ctypes.py_object))[0]
-        functions = (ctypes.c_void_p * 5).from_address(pointer(default, b"mem_handler") + 128)
+        functions = numpy_functions()
         P, N = ctypes.c_void_p, ctypes.c_size_t
         # NumPy's own want the GIL; the heap's memory may be freed without.
         malloc = ctypes.PYFUNCTYPE(P, P, N)(functions[1])

@@ -72,11 +72,7 @@ def test_what_somebody_else_put_in_our_place_stays() -> None:
     program(
         """
         import ctypes
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-        api = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
-        default = ctypes.cast(api[306], ctypes.POINTER(ctypes.py_object))[0]
-        functions = (ctypes.c_void_p * 5).from_address(pointer(default, b"mem_handler") + 128)
+        functions = numpy_functions()
         Free = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
         before, freed = functions[4], []
         ours = Free(before)

@@ -26,6 +26,14 @@ PRELUDE = """
         # Counters change with a look at every page.
         ksmrs.merge(60)
         return ksmrs.process_stats().ksm_merging_pages
+    def numpy_functions():
+        # NumPy's default handler, from after its name and version: a context, malloc, calloc, realloc, free.
+        import ctypes
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        api = ctypes.cast(pointer(np._core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
+        default = ctypes.cast(api[306], ctypes.POINTER(ctypes.py_object))[0]
+        return (ctypes.c_void_p * 5).from_address(pointer(default, b"mem_handler") + 128)
     def pss():
         return int(re.search(r"^Pss:\\s+(\\d+)", Path("/proc/self/smaps_rollup").read_text(), re.M)[1]) << 10
 """

@@ -92,4 +92,5 @@ def pinned(buffer: Any) -> Iterator[None]:
     finally:
         for pin in pins:
             pin.release()
-        _adopt.unpinned(address, nbytes)
+        if pins:
+            _adopt.unpinned(address, nbytes)

@@ -63,6 +63,10 @@ fn reach(point: Failpoint, before: u32) {
     }
 }
 
+fn none_takes_part(arena: &Region, why: &str) {
+    assert_eq!(states(arena, State::Held), arena.pages() as usize, "{why}");
+}
+
 /// A page is compared, with the kernel for a witness of writes; before it is claimed its memory is given back, and lent as zeros.
 #[test]
 #[ignore = "run in a process of its own by the tests below"]
@@ -111,11 +115,7 @@ fn scene_freed_while_it_is_chosen() {
         assert_eq!((other.address, other.zeros), (address, true));
     });
     assert_eq!(heap::held().open, 0);
-    assert_eq!(
-        states(&arena, State::Held),
-        arena.pages() as usize,
-        "pages take part that nobody opened"
-    );
+    none_takes_part(&arena, "pages take part that nobody opened");
 }
 
 /// A block is freed when it counts as taking part and its pages are just about to.
@@ -129,11 +129,7 @@ fn scene_freed_while_it_opens() {
         reach(Failpoint::BlockOpens, before);
         assert!(heap::free(address));
     });
-    assert_eq!(
-        states(&arena, State::Held),
-        arena.pages() as usize,
-        "free pages take part"
-    );
+    none_takes_part(&arena, "free pages take part");
 }
 
 /// What was pinned is freed, and the pin ends after that; whoever pins memory must not free it, but no other block may pay for it.
@@ -145,11 +141,7 @@ fn scene_freed_while_pinned() {
     arena.pin(0..UNIT).unwrap();
     assert!(heap::free(address));
     arena.unpin(0..UNIT);
-    assert_eq!(
-        states(&arena, State::Held),
-        arena.pages() as usize,
-        "free pages take part"
-    );
+    none_takes_part(&arena, "free pages take part");
 }
 
 /// Nothing is to take part any more when a block is just about to.
@@ -174,7 +166,7 @@ fn withdrawn_at(point: Failpoint) {
         heap::withdraw_all().unwrap();
     });
     assert_eq!(heap::held().open, 0, "nothing takes part");
-    assert_eq!(states(&arena, State::Held), arena.pages() as usize);
+    none_takes_part(&arena, "nothing takes part");
     assert!(heap::begin(Supply { make, end }));
     heap::open_all();
     assert_eq!(states(&arena, State::Private), UNIT as usize);
@@ -198,11 +190,7 @@ fn scene_withdrawn_while_pinned() {
     word(address, 3).store(77, Ordering::Relaxed);
     assert_eq!(pinned.first_word(), 77, "what a device sees is what the program wrote");
     arena.unpin(3..5);
-    assert_eq!(
-        states(&arena, State::Held),
-        arena.pages() as usize,
-        "nothing takes part"
-    );
+    none_takes_part(&arena, "nothing takes part");
     assert!(heap::begin(Supply { make, end }));
     heap::open_all();
     let back = [State::Private, State::Broken].map(|state| states(&arena, state));

@@ -11,6 +11,7 @@ use ksmrs_sys::region::Region as Memory;
 use ksmrs_sys::{SysError, born};
 use std::sync::Arc;
 
+pub(super) use ksmrs_sys::heap::open_all;
 pub use ksmrs_sys::heap::{Fresh, Held, free, held, lend, lent, resize};
 
 /// Has what is lent take part from now on, once it outlived the pass in which it was lent.
@@ -41,11 +42,6 @@ pub fn end_heap() -> Result<(), Error> {
 /// The arena that an address lies in.
 pub fn arena_at(address: usize) -> Option<Arc<Region>> {
     heap::region_at(address).map(Region::of_arena)
-}
-
-/// Has all that is lent take part at once, if it is to take part at all.
-pub(super) fn open_all() {
-    heap::open_all();
 }
 
 fn make(pages: u32) -> Option<Arc<Memory>> {
