@@ -204,6 +204,8 @@ class Broker(Engine):
 
 def measure(workers: Workers, engine: Engine, merge: Callable[[], None], merged_pages: int) -> dict[str, float]:
     """What it cost to merge, and what that saved; 0 pages stands for as many as share a frame afterwards."""
+    # Once more: a virtual machine may give free memory back to its host within seconds.
+    warm(workers.nbytes)
     filled, machine = workers.footprint(), footprint.machine()
     cpu = workers.cpu() + engine.seconds()
     began = time.monotonic()

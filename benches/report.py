@@ -51,7 +51,7 @@ SCENARIOS = {
     "merge_arrays": Scenario("merge_equal.py", ("--arrays",), ("--arrays", "--mb", "8", "--rounds", "1")),
     "scattered": Scenario("scattered.py", (), ("--mb", "4")),
     "time_to_savings": Scenario("time_to_savings.py", (), ("--mb", "8")),
-    "beside_a_newcomer": Scenario("time_to_savings.py", ("--newcomer", "4096"), ("--mb", "8", "--newcomer", "64")),
+    "beside_a_newcomer": Scenario("time_to_savings.py", ("--newcomer", "2048"), ("--mb", "8", "--newcomer", "64")),
     "first_write": Scenario("first_write.py", (), ("--mb", "4", "--rounds", "1")),
     "growth": Scenario("growth.py", (), ("--mb", "64", "512")),
     "read_merged": Scenario("read_merged.py", (), ("--mb", "16", "--workers", "2", "--rounds", "1")),

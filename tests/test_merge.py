@@ -80,6 +80,30 @@ def test_pages_merge_by_themselves(shared: bool) -> None:
     )
 
 
+def test_a_shared_block_of_which_half_is_written_breaks_as_a_whole() -> None:
+    run(
+        """
+        regions, contents = equal_regions(64, True)
+        wait_merged(128, *regions)
+        ksmrs.tunables.run = 0
+        expected = contents.copy()
+        array = regions[0].array(np.uint8, contents.size)
+
+        def own_after_writing(pages):
+            for page in pages:
+                array[page * 4096] ^= 255
+                expected[page * 4096] ^= 255
+            return [page for page, state in enumerate(regions[0].page_states()) if state == PageState.PRIVATE]
+
+        few = [25, 18, 30, 21, 16, 27, 23]
+        assert own_after_writing(few) == sorted(few), "no page breaks that was not written"
+        assert own_after_writing([28]) == list(range(16, 32)), "half of the block is written"
+        assert own_after_writing([63]) == [*range(16, 32), 63]
+        assert bytes(regions[0]) == expected.tobytes() and bytes(regions[1]) == contents.tobytes()
+        """
+    )
+
+
 def test_zero_pages_need_no_memory(shared: bool) -> None:
     run(
         f"""

@@ -12,6 +12,7 @@ use crate::limbo::Epoch;
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
 use crate::region::{ClientId, Region, RegionId};
+use crate::stable::Search;
 use crate::{Core, tunables};
 use std::time::Duration;
 
@@ -97,6 +98,10 @@ impl Core {
         if again {
             self.events.again += observations.len() as u64;
         }
+        let asked: usize = ranges.iter().map(|range| range.pages as usize).sum();
+        if observations.len() < asked {
+            self.unstable.left_gaps();
+        }
         // Of an order that left before the knob changed, the checksums are others.
         let comparable = nodes == self.tunables.nodes_count();
         let epoch = self.raise_epoch(id, epoch);
@@ -171,11 +176,22 @@ impl Core {
         rests: bool,
     ) {
         self.events.scanned += 1;
+        if observation.seen == Seen::Own
+            && let Some((checksum, false)) = observation.checksum
+            && !rests
+            && self.is_candidate_still(page, checksum.masked())
+        {
+            self.mark(page, Mark::Unshared, true);
+            return;
+        }
         let was_zero = self.pages.place(page) == Place::Zero;
-        if self.pages.is(page, Mark::Busy) || !self.relocate(id, region, page, observation.seen, epoch, true) {
+        if self.pages.is(page, Mark::Busy) {
             return;
         }
         self.unstable.remove(&mut self.pages, page);
+        if !self.relocate(id, region, page, observation.seen, epoch, true) {
+            return;
+        }
         self.mark(page, Mark::Unshared, false);
         // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
         let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
@@ -252,26 +268,40 @@ impl Core {
         self.events.rests += u64::from(rests);
     }
 
+    /// Whether a page of this content needs no memory at all.
+    fn is_zero(&self, checksum: Checksum) -> bool {
+        let nodes = self.tunables.nodes_count();
+        // As in the kernel, the page of zeros is every node's.
+        checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1
+    }
+
+    /// Whether the page, its own and with this content, was a candidate in the pass before and nobody came by who is equal: then it
+    /// is one in this pass.
+    fn is_candidate_still(&mut self, page: PageNumber, checksum: Checksum) -> bool {
+        !self.is_zero(checksum) && self.unstable.confirm(&mut self.pages, page, checksum.tag(), self.pass)
+    }
+
     /// Finds an equal for a page with this content, or files it as a candidate.
     fn place(&mut self, id: ClientId, page: PageNumber, checksum: Checksum) {
         let nodes = self.tunables.nodes_count();
-        // As in the kernel, the page of zeros is every node's.
-        if checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1 {
+        if self.is_zero(checksum) {
             return self.propose(id, page, Slot::ZERO);
         }
         if nodes && checksum.node() == Checksum::NO_NODE {
             return self.mark(page, Mark::Unshared, true);
         }
         let most = self.tunables.max_page_sharing;
-        if let Some(slot) = self.rmap.stable.find(&self.rmap.frames, checksum, most) {
-            return self.propose(id, page, slot);
-        }
+        let crowded_out = match self.rmap.stable.search(&self.rmap.frames, checksum, most) {
+            Search::Room(slot) => return self.propose(id, page, slot),
+            Search::Full => true,
+            Search::Absent => false,
+        };
         if let Some(founding) = self.foundings.find(checksum) {
             self.pages.mark(page, Mark::Busy, true);
             return self.foundings.wait(founding, page, most);
         }
         let tag = checksum.tag();
-        if let Some(other) = self.unstable.find(&self.pages, tag) {
+        if let Some(other) = self.unstable.find(&mut self.pages, tag) {
             self.unstable.remove(&mut self.pages, other);
             let partner = self.regions.of(other).map(|region| region.client);
             if partner
@@ -292,6 +322,9 @@ impl Core {
         }
         self.unstable.insert(&mut self.pages, page, tag);
         self.mark(page, Mark::Unshared, true);
+        if crowded_out {
+            self.unstable.crowd_out(&self.pages, tag);
+        }
     }
 
     /// The answer to a Stage: which of its pages were copied. Fill the frames, then tell [`Core::filled`]; nothing to fill
@@ -402,6 +435,11 @@ impl Core {
             }
             self.rmap.frames.fill(slot, expected.unwrap_or(self.zero));
             self.rmap.stable.insert(&mut self.rmap.frames, slot);
+            if waiters.len() as u32 >= self.tunables.max_page_sharing {
+                // Whoever came after them was filed as if there were no frame.
+                self.unstable
+                    .crowd_out(&self.pages, expected.unwrap_or(self.zero).tag());
+            }
             for page in waiters {
                 if let Some(client) = client_of(self, page) {
                     self.propose(client, page, slot);
@@ -528,7 +566,8 @@ impl Core {
         };
         let epoch = self.raise_epoch(id, epoch);
         match &task {
-            Task::Scan { .. } | Task::Fill(_) => {}
+            Task::Scan { .. } => self.unstable.left_gaps(),
+            Task::Fill(_) => {}
             Task::Stage(entries) => self.abandon_stage(entries),
             Task::Map(runs) => {
                 for (page, slot) in runs.iter().flat_map(|run| run.iter()) {

@@ -174,7 +174,7 @@ impl Core {
         for founding in self.foundings.live() {
             self.end_founding(founding);
         }
-        self.unstable.empty();
+        self.unstable.empty(&self.pages);
         let mut stages = Vec::new();
         self.each_client(|client| stages.append(&mut client.stages));
         for (_, founding) in stages {
@@ -455,7 +455,9 @@ impl Core {
         self.pass = self.pass.max(1);
         self.advisor.begin_pass();
         self.at_pass = self.events;
-        self.unstable.empty();
+        let left_out = |client: &crate::Client| !client.is_planned() && client.pages > 0;
+        let whole = self.in_pass == 0 && !self.clients.values().any(left_out);
+        self.unstable.begin_pass(&self.pages, whole);
         self.each_client(|client| {
             client.scan = Default::default();
             client.scanned = client.regions.is_empty();

@@ -418,7 +418,9 @@ impl Core {
         let before = plan::boundaries(&self.pages, around, region);
         self.pages.set_place(page, to);
         let after = plan::boundaries(&self.pages, around, region);
-        self.rmap.enter(to);
+        if let Some(back) = self.rmap.enter(to) {
+            self.unstable.crowd_out(&self.pages, back.tag());
+        }
         match epoch {
             Some(epoch) => self.rmap.leave(from, id, epoch),
             None => self.rmap.vanish(from),

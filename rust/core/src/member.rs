@@ -192,6 +192,7 @@ impl Core {
         let (maps, stages) = (std::mem::take(&mut client.maps), std::mem::take(&mut client.stages));
         let (scanner, remapper) = (client.scanner, client.remapper);
         self.pace.disturbed = true;
+        self.unstable.left_gaps();
         self.withdraw(&maps);
         for (_, founding) in stages {
             self.end_founding(founding);

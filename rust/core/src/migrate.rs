@@ -16,6 +16,7 @@ use crate::order::Decision;
 use crate::page::{Mark, PageNumber, PageRange, Pages, Place, WINDOW};
 use crate::record::Life;
 use crate::region::ClientId;
+use crate::stable::Search;
 use crate::tunables::run;
 use hashbrown::{HashMap, HashSet};
 use std::collections::{BTreeSet, VecDeque};
@@ -397,13 +398,16 @@ impl Core {
             return;
         }
         let (checksum, most) = (frame.checksum(), self.tunables.max_page_sharing);
-        match self.rmap.stable.find(&self.rmap.frames, checksum, most) {
-            Some(heir) => self.propose(id, page, heir),
+        match self.rmap.stable.search(&self.rmap.frames, checksum, most) {
+            Search::Room(heir) => self.propose(id, page, heir),
             // Others have it, and no room: until they have, or are gone.
-            None if self.rmap.stable.has(&self.rmap.frames, checksum) => {}
+            Search::Full => {}
             // It came back to nobody: this one is the frame of its content again, unless there will be another.
-            None if self.foundings.find(checksum).is_some() => {}
-            None => self.rmap.reinstate(slot),
+            Search::Absent if self.foundings.find(checksum).is_some() => {}
+            Search::Absent => {
+                let back = self.rmap.reinstate(slot);
+                self.unstable.crowd_out(&self.pages, back.tag());
+            }
         }
     }
 }
@@ -443,7 +447,10 @@ mod tests {
     }
 
     fn listed(core: &mut Core) -> Option<Slot> {
-        core.rmap.stable.find(&core.rmap.frames, Checksum(1), 256)
+        match core.rmap.stable.search(&core.rmap.frames, Checksum(1), 256) {
+            Search::Room(slot) => Some(slot),
+            _ => None,
+        }
     }
 
     #[test]

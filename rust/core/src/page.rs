@@ -128,7 +128,7 @@ pub(crate) enum Mark {
     Item = 1 << 5,
     /// It waits for a frame or is part of an unanswered order: nothing is planned for it.
     Busy = 1 << 6,
-    /// The unstable tree it was in last had an odd number.
+    /// The pass in which it was filed last, or confirmed, had an odd number.
     Odd = 1 << 15,
 }
 
@@ -248,6 +248,19 @@ impl Pages {
             before & !(mark as u16)
         };
         window.metas[i].0 != before
+    }
+
+    /// Sets the bit that tells passes apart to `odd` on a page that is filed under this tag and has memory of its own; `false` if it
+    /// is not filed so.
+    pub(crate) fn confirm(&mut self, page: PageNumber, tag: u32, odd: bool) -> bool {
+        const IS: u16 = Mark::Candidate as u16 | Mark::Item as u16;
+        const IS_NOT: u16 = PLACE_MASK | Mark::Busy as u16;
+        let (window, i) = self.window_mut(page);
+        if window.metas[i].0 & (IS | IS_NOT) != IS || window.slots[i] != tag {
+            return false;
+        }
+        self.mark(page, Mark::Odd, odd);
+        true
     }
 
     /// The tag that a candidate is filed under.

@@ -9,6 +9,7 @@
 //! of reference; *which* pages show a frame is asked only where frames move, and found by a pass (`migrate.rs`). Every reference
 //! that ends goes through limbo, unless its whole client is gone. Relies on `frame.rs`, `stable.rs`, `limbo.rs`; never frees what a count still refers to.
 
+use crate::checksum::Checksum;
 use crate::frame::{Frames, Slot};
 use crate::limbo::{Epoch, Limbo};
 use crate::mutant::{self, Mutant};
@@ -69,8 +70,8 @@ impl Rmap {
         self.limbo.keep(client, epoch, slot);
     }
 
-    /// A page now lies there.
-    pub(crate) fn enter(&mut self, place: Place) {
+    /// A page now lies there; what content is in the stable tree again for that.
+    pub(crate) fn enter(&mut self, place: Place) -> Option<Checksum> {
         match place {
             Place::Own | Place::Zero => {}
             Place::Merged(slot) => {
@@ -79,12 +80,13 @@ impl Rmap {
                 self.shared += u32::from(frame.shown() == 1);
                 self.merged += 1;
                 if frame.life() == Life::Stale {
-                    self.reinstate(slot);
+                    return Some(self.reinstate(slot));
                 }
             }
             Place::Covering(slot) => self.frames.cover(slot, true),
             Place::Detached(slot) => self.frames.get_mut(slot).hold(),
         }
+        None
     }
 
     /// A page no longer lies there; children of the client may until the epoch is sealed.
@@ -169,9 +171,10 @@ impl Rmap {
     }
 
     /// A frame is its content's again: the one that it moved to is gone, or it is shown again.
-    pub(crate) fn reinstate(&mut self, slot: Slot) {
+    pub(crate) fn reinstate(&mut self, slot: Slot) -> Checksum {
         self.frames.get_mut(slot).set_life(Life::Filled);
         self.stable.insert(&mut self.frames, slot);
+        self.frames.get(slot).checksum()
     }
 
     /// Consecutive frames whose memory is to be given back now; from here on they have none.
@@ -198,6 +201,7 @@ impl Rmap {
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::stable::Search;
     use crate::tunables::MOST_SHARING;
 
     const CLIENT: ClientId = ClientId(1);
@@ -236,14 +240,14 @@ mod tests {
         rmap.propose(slot);
         rmap.leave(Place::Merged(slot), CLIENT, Epoch(4));
         assert_eq!(
-            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
-            (0, None)
+            (rmap.shared, rmap.stable.search(&rmap.frames, Checksum(1), 100)),
+            (0, Search::Absent)
         );
         rmap.enter(Place::Merged(slot));
         rmap.withdraw(slot);
         assert_eq!(
-            (rmap.shared, rmap.stable.find(&rmap.frames, Checksum(1), 100)),
-            (1, Some(slot))
+            (rmap.shared, rmap.stable.search(&rmap.frames, Checksum(1), 100)),
+            (1, Search::Room(slot))
         );
         rmap.leave(Place::Merged(slot), CLIENT, Epoch(5));
         assert_eq!(rmap.next_punch(), None, "children may show it still");
@@ -270,7 +274,7 @@ mod tests {
     fn a_record_counts_whatever_becomes_of_as_many_pages_as_may_share_a_frame() {
         let (mut rmap, slot) = one_frame();
         let mut accepted = 0;
-        while rmap.stable.find(&rmap.frames, Checksum(1), MOST_SHARING) == Some(slot) {
+        while rmap.stable.search(&rmap.frames, Checksum(1), MOST_SHARING) == Search::Room(slot) {
             rmap.propose(slot);
             rmap.enter(Place::Merged(slot));
             rmap.withdraw(slot);

@@ -27,14 +27,16 @@ const LONGEST_ROUND: u16 = 9;
 /// Pages walked over per page wanted before a choice ends short: keeps a step bounded where smart scan leaves out most.
 const WALK: u32 = 8;
 
-/// Pages per Scan order of a merge on request: enough for whole windows, short enough for several clients to keep in step.
-const REQUESTED_SCAN: u32 = 4096;
+/// Pages per Scan order of a merge on request while pages merge: whole windows, few enough for the processors' caches to hold what
+/// was read until it is copied and compared, and for several clients to keep in step.
+const MERGING_SCAN: u32 = 2 * WINDOW;
 
 impl Core {
     /// How many pages a client's turn has.
     fn turn(&self, ahead: bool, requested: bool) -> u32 {
         if requested {
-            return REQUESTED_SCAN;
+            let merges = self.foundings.len() > 0 || self.waiting_maps > 0;
+            return if merges { MERGING_SCAN } else { MAX_SCAN_PAGES };
         }
         let batch = self.tunables.pages_to_scan;
         let share = if ahead {

@@ -17,34 +17,43 @@ pub(crate) struct StableTree {
     dups: u32,
 }
 
+/// What there is of a content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Search {
+    /// This frame takes one more page.
+    Room(Slot),
+    /// No frame that was asked does.
+    Full,
+    /// There is no frame of it.
+    Absent,
+}
+
 /// How many dups of a chain are asked for room when the listed one has none.
 const DUPS_ASKED: usize = 8;
 
 impl StableTree {
     /// A frame of this content with room for one more page.
-    pub(crate) fn find(&mut self, frames: &Frames, checksum: Checksum, max_page_sharing: u32) -> Option<Slot> {
+    pub(crate) fn search(&mut self, frames: &Frames, checksum: Checksum, max_page_sharing: u32) -> Search {
         let has_room = |slot: Slot| {
             let frame = frames.get(slot);
             frame.sharing() < max_page_sharing && frames.references(slot, frame) < MOST_SHARING
         };
-        let listed = self.listed(frames, checksum)?;
+        let Some(listed) = self.listed(frames, checksum) else {
+            return Search::Absent;
+        };
         if has_room(listed) {
-            return Some(listed);
+            return Search::Room(listed);
         }
-        let dups = self.chains.get_mut(&checksum)?;
+        let Some(dups) = self.chains.get_mut(&checksum) else {
+            return Search::Full;
+        };
         let asked = dups.len().min(DUPS_ASKED);
         let found = dups[..asked].iter().copied().find(|&dup| has_room(dup));
         // The next search begins with others.
         dups.rotate_left(asked);
-        if let Some(dup) = found {
-            self.list(frames, checksum, dup);
-        }
-        found
-    }
-
-    /// Whether any frame has this content, with room or without.
-    pub(crate) fn has(&self, frames: &Frames, checksum: Checksum) -> bool {
-        self.listed(frames, checksum).is_some()
+        let Some(dup) = found else { return Search::Full };
+        self.list(frames, checksum, dup);
+        Search::Room(dup)
     }
 
     fn listed(&self, frames: &Frames, checksum: Checksum) -> Option<Slot> {
@@ -142,40 +151,42 @@ mod tests {
     fn a_full_frame_is_not_found_and_a_second_makes_a_chain() {
         let (mut frames, mut tree) = (Frames::new(4096), StableTree::default());
         let a = filled(&mut frames, &mut tree, 1, 5)[0];
-        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
-        assert_eq!(tree.find(&frames, Checksum(6), 2), None);
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Room(a));
+        assert_eq!(tree.search(&frames, Checksum(6), 2), Search::Absent);
         frames.get_mut(a).set_shown(2);
-        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Full);
         let b = filled(&mut frames, &mut tree, 2, 5)[1];
         assert_eq!((tree.chains(), tree.dups()), (1, 3));
-        assert!(tree.find(&frames, Checksum(5), 2).is_some_and(|slot| slot != a));
+        assert!(matches!(tree.search(&frames, Checksum(5), 2), Search::Room(slot) if slot != a));
         tree.remove(&mut frames, b);
-        let c = tree.find(&frames, Checksum(5), 2).unwrap();
+        let Search::Room(c) = tree.search(&frames, Checksum(5), 2) else {
+            panic!("one has room")
+        };
         frames.get_mut(c).set_shown(2);
-        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Full);
         frames.get_mut(a).set_shown(1);
         tree.has_room(&frames, a);
-        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(a));
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Room(a));
         for _ in 0..100 {
             frames.cover(a, true);
         }
         assert_eq!(
-            tree.find(&frames, Checksum(5), 2),
-            Some(a),
+            tree.search(&frames, Checksum(5), 2),
+            Search::Room(a),
             "what was written only lies over it"
         );
         for _ in 100..MOST_SHARING {
             frames.cover(a, true);
         }
-        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Full);
         for _ in 0..MOST_SHARING {
             frames.cover(a, false);
         }
         tree.remove(&mut frames, a);
         assert_eq!((tree.chains(), tree.dups()), (0, 0));
         frames.get_mut(c).set_shown(0);
-        assert_eq!(tree.find(&frames, Checksum(5), 2), Some(c));
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Room(c));
         tree.remove(&mut frames, c);
-        assert_eq!(tree.find(&frames, Checksum(5), 2), None);
+        assert_eq!(tree.search(&frames, Checksum(5), 2), Search::Absent);
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Everything here is counted where it happens and only put together here; nothing is walked but the open orders. Never decides.
 
-use crate::page::{Mark, PageNumber, Pages};
+use crate::page::{PageNumber, Pages};
 use crate::unstable::UnstableTree;
 use serde::{Deserialize, Serialize};
 
@@ -130,8 +130,7 @@ impl Events {
     /// Smart scan left the page out of this pass.
     pub(crate) fn skip(&mut self, pages: &mut Pages, unstable: &mut UnstableTree, page: PageNumber) {
         self.skipped += 1;
-        unstable.remove(pages, page);
-        self.unshared -= u64::from(pages.mark(page, Mark::Unshared, false));
+        self.unshared -= u64::from(unstable.leave_out(pages, page));
     }
 }
 

@@ -81,6 +81,15 @@ impl Table {
         }
     }
 
+    /// Gives back the room of parts that are emptier than they would be just before they double twice.
+    pub(crate) fn fit(&mut self, hash_of: impl Fn(&u32) -> u64) {
+        for part in self.parts.iter_mut() {
+            if part.len() < part.capacity() / 4 {
+                part.shrink_to(2 * part.len(), &hash_of);
+            }
+        }
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         let parts = self.parts.iter().map(HashTable::allocation_size);
         size_of_val(&*self.parts) + parts.sum::<usize>()

@@ -7,7 +7,7 @@
 
 use crate::error::SysError;
 use crate::object::PAGE_SIZE;
-use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Words, is_being_lent, write_fault};
+use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Span, Words, is_being_lent, write_fault};
 use crate::sigmask::Blocked;
 use crate::word::State;
 use crate::{born, futex, gate, heap, registry, signal};
@@ -192,8 +192,12 @@ fn take_home(area: &registry::Area) {
             page = page.plus(1);
             continue;
         }
-        match write_fault(&area.words, &area.view, page, false, MAX_RUN as u32) {
-            Resolution::Broken(pages) => page = page.plus(pages),
+        let rest = Span {
+            first: page,
+            pages: (area.words.pages() - page.0).min(MAX_RUN as u32),
+        };
+        match write_fault(&area.words, &area.view, page, false, rest) {
+            Resolution::Broken(span) => page = span.end(),
             Resolution::NoRoom(_) => match signal::make_room(area, page) {
                 Ok(pages) => drop(DETACHED_BY_FORK.fetch_add(u64::from(pages), Ordering::Relaxed)),
                 Err(_) => signal::nap(),

@@ -23,11 +23,13 @@ pub enum Mutant {
     ArmAfterRead = 7,
     /// What was compared before the freeze is vouched for before it, too.
     WitnessAskedEarly = 8,
+    /// A break fills the home of pages, too, that had it all along and are being written.
+    BridgeFilled = 9,
 }
 
 impl Mutant {
     /// Every mutant of this crate with its name.
-    pub const ALL: [(&'static str, Mutant); 8] = [
+    pub const ALL: [(&'static str, Mutant); 9] = [
         ("no-freeze", Mutant::NoFreeze),
         ("compare-before-freeze", Mutant::CompareBeforeFreeze),
         ("punch-before-map", Mutant::PunchBeforeMap),
@@ -36,6 +38,7 @@ impl Mutant {
         ("no-generation", Mutant::NoGeneration),
         ("arm-after-read", Mutant::ArmAfterRead),
         ("witness-asked-early", Mutant::WitnessAskedEarly),
+        ("bridge-filled", Mutant::BridgeFilled),
     ];
 }
 

@@ -9,7 +9,7 @@ use crate::failpoint::{self, Failpoint};
 use crate::fork;
 use crate::gate::Pass;
 use crate::protocol::{
-    Access, Kind, Memory, Page, Resolution, Span, Words, break_stretch, detach_stretch, write_fault,
+    Access, Kind, Memory, Page, Resolution, Span, Words, break_stretch, dense_block, detach_stretch, write_fault,
 };
 use crate::registry::{self, Area, Found};
 use crate::{ballast, futex, gate, sigmask};
@@ -20,7 +20,7 @@ use std::ptr;
 use std::time::Duration;
 
 /// How far a break widens for a thread that writes page after page.
-const WIDEST: u32 = 16;
+const WIDEST: u32 = 32;
 /// The same page, the same word, the same thread, this often in a row: the fault is not ours.
 const NOT_OURS_AFTER: u32 = 1000;
 
@@ -218,13 +218,15 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
         return false;
     }
     failpoint::hit(Failpoint::FaultArrived);
+    let around = around(area, page, last.width(thread, start));
     loop {
         let pass = Pass::enter();
-        match write_fault(&area.words, &area.view, page, repeats > 0, last.width(thread, start)) {
+        match write_fault(&area.words, &area.view, page, repeats > 0, around) {
             Resolution::Retry => return true,
-            Resolution::Broken(pages) => {
-                last.broke(thread, start, pages);
-                BREAKS.fetch_add(u64::from(pages), Ordering::Relaxed);
+            Resolution::Broken(span) => {
+                let end = start + (span.end().0 - page.0) as usize * crate::object::PAGE_SIZE;
+                last.broke(thread, end);
+                BREAKS.fetch_add(u64::from(span.pages), Ordering::Relaxed);
                 return true;
             }
             Resolution::Wait(word) => {
@@ -239,6 +241,17 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
                 }
             }
         }
+    }
+}
+
+/// What a break of this page may take along: so many pages from it on for a thread that writes page after page, and the rest of a block that is
+/// written in any order.
+fn around(area: &Area, page: Page, width: u32) -> Span {
+    let end = page.0 + width.min(area.words.pages() - page.0);
+    let block = dense_block(&area.words, page).unwrap_or(Span::one(page));
+    Span {
+        first: block.first,
+        pages: end.max(block.end().0) - block.first.0,
     }
 }
 
@@ -320,11 +333,11 @@ impl Last {
         width
     }
 
-    fn broke(&self, thread: u32, address: usize, pages: u32) {
+    /// This thread's break went as far as `next`.
+    fn broke(&self, thread: u32, next: usize) {
         if self.thread.load(Ordering::Relaxed) == thread {
             self.repeats.store(0, Ordering::Relaxed);
-            self.next
-                .store(address + pages as usize * crate::object::PAGE_SIZE, Ordering::Relaxed);
+            self.next.store(next, Ordering::Relaxed);
         }
     }
 }

@@ -49,6 +49,11 @@ fn a_widened_break_takes_only_what_it_owns() {
 }
 
 #[test]
+fn a_break_that_bridges_a_page_loses_no_write_to_it() {
+    explore(2, bridging_break);
+}
+
+#[test]
 fn shared_unmerge_under_writer_and_remapper() {
     explore(2, || unmerge_and_writer(Kind::Shared));
 }

@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 /// One after another: the choice is global to the process.
 #[test]
 fn no_mutant_survives_the_model() {
-    let scenarios: [(&str, fn()); 7] = [
+    let scenarios: [(&str, fn()); 8] = [
         ("slow handler", || explore(4, || slow_handler(Kind::Shared))),
         ("shared writers", || explore(2, || merge_and_two_writers(Kind::Shared))),
         ("private writers", || {
@@ -21,6 +21,7 @@ fn no_mutant_survives_the_model() {
         ("stale evidence", || explore(4, stale_evidence)),
         ("witnessed writers", || explore(2, witnessed_merge_and_two_writers)),
         ("homecoming", || explore(4, homecoming)),
+        ("bridging break", || explore(2, bridging_break)),
     ];
     // What the kernel knows of writes is no part of the model: `real_mutants.rs` has that one.
     let modelled = |mutant: &(_, Mutant)| mutant.1 != Mutant::ArmAfterRead;

@@ -17,6 +17,7 @@ use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
 use ksmrs_sys::{PAGE_SIZE, Slot, State, StoreNumber, failpoint, fork, mutant, signal};
 use std::process::{Command, ExitStatus};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,7 +25,7 @@ const STORE: StoreNumber = StoreNumber(1);
 const PAUSE: Duration = Duration::from_millis(700);
 const MUTANT: &str = "KSMRS_SCENE_MUTANT";
 
-/// One private region of one page, and a store with one frame.
+/// A region, and a store with a frame for each of its pages.
 struct Stage {
     region: Region,
     store: Store,
@@ -33,19 +34,25 @@ struct Stage {
 
 impl Stage {
     fn set(page: u8, frame: u8) -> Stage {
+        Stage::of(Kind::Private, 1, page, frame)
+    }
+
+    fn of(kind: Kind, pages: u32, page: u8, frame: u8) -> Stage {
         failpoint::configure().unwrap();
         assert!(mutant::choose(std::env::var(MUTANT).ok().as_deref()));
         fork::begin_life(|| ()).unwrap();
         signal::install().unwrap();
         let table: &'static ClientTable = Box::leak(Box::new(ClientTable::create(512).unwrap().0));
-        let region = Region::create(table, 1, Kind::Private).unwrap();
+        let region = Region::create(table, pages, kind).unwrap();
         let store = Store::with_slots(512).unwrap();
         let (staging, fd) = Staging::create().unwrap();
-        staging.write_page(0, &[frame; PAGE_SIZE]);
-        store.fill(Slot(0), &StagingView::open(&fd).unwrap(), 0, 1).unwrap();
+        for at in 0..pages {
+            staging.write_page(at, &[frame; PAGE_SIZE]);
+        }
+        store.fill(Slot(0), &StagingView::open(&fd).unwrap(), 0, pages).unwrap();
         let file = StoreFile::vet(store.read_only().unwrap(), store.slots()).unwrap();
         let stage = Stage { region, store, file };
-        for at in 0..PAGE_SIZE {
+        for at in 0..stage.region.pages() as usize * PAGE_SIZE {
             stage.write(at, page);
         }
         stage
@@ -66,16 +73,29 @@ impl Stage {
     }
 
     fn merge(&self, tools: &mut RemapTools) -> Verdict {
-        let span = Span::one(Page(0));
+        self.merge_all(tools)[0]
+    }
+
+    fn merge_all(&self, tools: &mut RemapTools) -> Vec<Verdict> {
+        let span = Span {
+            first: Page(0),
+            pages: self.region.pages(),
+        };
         let run = MergeRun {
             span,
             store: STORE,
             slot: Slot(0),
         };
-        let mut verdicts = [Verdict::Busy];
+        let mut verdicts = vec![Verdict::Busy; span.pages as usize];
         let merged = self.region.merge(run, &self.file, fork::count(), tools, &mut verdicts);
         merged.unwrap().unwrap();
-        verdicts[0]
+        for page in span.iter().filter(|page| verdicts[page.0 as usize] == Verdict::Merged) {
+            self.region
+                .settle(Span::one(page), true, fork::count())
+                .unwrap()
+                .unwrap();
+        }
+        verdicts
     }
 }
 
@@ -139,6 +159,59 @@ fn scene_old_evidence() {
     );
 }
 
+/// A block of a shared region breaks around a page that somebody writes all the time, which is never merged.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_bridges_under_a_writer() {
+    const WRITTEN: usize = 7;
+    let stage = Stage::of(Kind::Shared, 16, 3, 3);
+    for at in 0..PAGE_SIZE {
+        stage.write(WRITTEN * PAGE_SIZE + at, 0);
+    }
+    let ended = AtomicBool::new(false);
+    /// Ends the writer, also where the scene fails.
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    std::thread::scope(|threads| {
+        let _ends = Ends(&ended);
+        threads.spawn(|| {
+            let page = stage.byte(WRITTEN * PAGE_SIZE).cast::<u64>();
+            for value in 1.. {
+                for lane in 0..PAGE_SIZE / 8 {
+                    // SAFETY: within a page of the region, which is mapped, readable and writable, while the stage lives.
+                    let before = unsafe { page.add(lane).read_volatile() };
+                    assert_eq!(before, value - 1, "a write to lane {lane} is lost");
+                    // SAFETY: as above.
+                    unsafe { page.add(lane).write_volatile(value) };
+                }
+                if ended.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        let mut tools = RemapTools::new().unwrap();
+        for _ in 0..3000 {
+            let merged = stage.merge_all(&mut tools);
+            assert_eq!(merged[WRITTEN], Verdict::Unequal);
+            assert_eq!(merged.iter().filter(|verdict| **verdict == Verdict::Merged).count(), 15);
+            // Seven have memory of their own, then half.
+            for page in [9, 2, 14, 5, 0, 11, 12] {
+                stage.write(page * PAGE_SIZE, 4);
+            }
+            assert!(stage.region.page_states().iter().all(|state| *state == State::Private));
+            for page in (0..16).filter(|page| *page != WRITTEN) {
+                let expected = if [9, 2, 14, 5, 0, 11, 12].contains(&page) { 4 } else { 3 };
+                assert_eq!(stage.read(page * PAGE_SIZE), expected, "page {page}");
+                stage.write(page * PAGE_SIZE, 3);
+            }
+        }
+    });
+}
+
 /// The scene passes, and fails with the mutant: that needs luck, the more so where the machine is busy, and gets three tries.
 fn check(scene: &str, failpoints: &str, mutant: &str) {
     assert!(run(scene, failpoints, None).success());
@@ -195,6 +268,11 @@ fn scene_merges_under_writers() {
 fn a_write_between_the_testimony_and_the_freeze_is_noticed() {
     let failpoints = "merge-freezing=delay:500";
     check("scene_merges_under_writers", failpoints, "witness-asked-early");
+}
+
+#[test]
+fn a_write_to_a_page_that_a_break_bridges_is_noticed() {
+    check("scene_bridges_under_a_writer", "", "bridge-filled");
 }
 
 #[test]

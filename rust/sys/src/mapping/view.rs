@@ -161,6 +161,21 @@ impl View {
         self.huge && self.kind == Kind::Private && !self.covers_whole_extents(span)
     }
 
+    /// Brings a span's page table entries in by the kernel's fault-around, 16 for one fault, where its home was just mapped. Its first
+    /// and its last page have memory; what lies between may not, and gets none.
+    fn fault_around(&self, span: Span) {
+        let ends = if span.pages > 1 {
+            [span.first, Page(span.end().0 - 1)]
+        } else {
+            return;
+        };
+        for page in ends {
+            let (start, bytes) = self.range(Span::one(page));
+            // SAFETY: our view; the advice changes no byte, and where the object was cut short it fails. Then the pages fault one by one.
+            let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxPopulateRead) };
+        }
+    }
+
     /// Splits huge pages that the span covers only in part: the kernel frees nothing of them otherwise.
     fn split_huge(&self, span: Span) {
         let last = Page(span.end().0 - 1);
@@ -261,9 +276,11 @@ impl Memory for View {
         // SAFETY: an old length of 0 maps the shared object's same pages a second time, over pages of our view that the caller owns.
         let map = || unsafe { rustix::mm::mremap_fixed(home, 0, bytes, MremapFlags::MAYMOVE, view) }.map(|_| ());
         match map() {
-            Err(_) if !is_mapped(view, bytes) => insist(map),
-            answer => answer,
+            Err(_) if !is_mapped(view, bytes) => insist(map)?,
+            answer => answer?,
         }
+        self.fault_around(span);
+        Ok(())
     }
 
     fn punch_home(&self, span: Span) -> Result<(), Errno> {

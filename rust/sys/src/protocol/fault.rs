@@ -17,8 +17,8 @@ use rustix::io::Errno;
 pub enum Resolution {
     /// The write can be tried again.
     Retry,
-    /// So it can, and this many pages from the faulting one on have been given their own memory.
-    Broken(u32),
+    /// So it can, and these pages, the faulting one among them, have been given their own memory.
+    Broken(Span),
     /// Somebody owns the word: wait until it is no longer this one, then look again.
     Wait(Word),
     /// The kernel had no memory or no mapping left: make room, then look again.
@@ -26,15 +26,15 @@ pub enum Resolution {
 }
 
 /// Looks once at a page that a write faulted on. `repeated` says that the same thread already came back to the same page and
-/// word: then the mapping is made writable even where it should be already. `widen` is how many pages a break may take along.
-pub fn write_fault<W: Words, M: Memory>(words: &W, memory: &M, page: Page, repeated: bool, widen: u32) -> Resolution {
+/// word: then the mapping is made writable even where it should be already. A break may take the pages `around` it along.
+pub fn write_fault<W: Words, M: Memory>(words: &W, memory: &M, page: Page, repeated: bool, around: Span) -> Resolution {
     let word = words.load(page);
     match (word.state(), memory.kind()) {
         _ if mutant::active(Mutant::HandlerWithoutClaim) && word.state() == State::Frozen => {
             memory.protect(Span::one(page), Access::ReadWrite).ok();
             Resolution::Retry
         }
-        (State::Merged | State::Zero, Kind::Shared) => break_page(words, memory, page, word, widen),
+        (State::Merged | State::Zero, Kind::Shared) => break_page(words, memory, page, word, around),
         (State::Private | State::Broken | State::Detached | State::Held | State::Merged | State::Zero, _) => {
             // Without Freezing a page can rest, by its word, and be read-only for good; the second look would hide that.
             if repeated && !mutant::active(Mutant::NoFreezing) {
@@ -45,8 +45,9 @@ pub fn write_fault<W: Words, M: Memory>(words: &W, memory: &M, page: Page, repea
         }
         (State::Frozen, _) => take_back(words, memory, page, word),
         (State::Homed, Kind::Shared) if word.is_lent() => {
-            match take_lent(words, memory, page, word, widen, core::convert::identity) {
-                Some(Ok(pages)) => Resolution::Broken(pages),
+            let most = around.end().0 - page.0;
+            match take_lent(words, memory, page, word, most, core::convert::identity) {
+                Some(Ok(pages)) => Resolution::Broken(Span { first: page, pages }),
                 Some(Err(errno)) => Resolution::NoRoom(errno),
                 None => Resolution::Retry,
             }
@@ -88,7 +89,7 @@ fn take_back<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word)
     match memory.protect(Span::one(page), Access::ReadWrite) {
         Ok(()) => {
             words.store(page, resting);
-            Resolution::Broken(1)
+            Resolution::Broken(Span::one(page))
         }
         Err(_) => {
             // One page cannot be split off at the mapping limit; the remapper thaws its whole range.
@@ -98,54 +99,187 @@ fn take_back<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word)
     }
 }
 
-fn break_page<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word, widen: u32) -> Resolution {
-    match break_from(words, memory, page, word, widen, private_again) {
-        Some(Ok(pages)) => Resolution::Broken(pages),
+fn break_page<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word, around: Span) -> Resolution {
+    match break_around(words, memory, page, word, around, Bridge::Own, private_again) {
+        Some(Ok(span)) => Resolution::Broken(span),
         Some(Err(errno)) => Resolution::NoRoom(errno),
         None => Resolution::Retry,
     }
 }
 
-/// Breaks a shared page seen as `word`, and up to `widen - 1` merged pages after it; `rest` makes the word that each ends in.
-/// `None`: the word moved meanwhile.
-pub(super) fn break_from<W: Words, M: Memory>(
+/// What a break does about pages that have their own memory and lie between merged ones.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Bridge {
+    /// It ends there.
+    Nothing,
+    /// It maps their home over them once more, which changes nothing that anyone can read, so that one mapping does for all.
+    Own,
+}
+
+/// Breaks a shared page seen as `word`, and the merged pages on both sides of it as far as `around` goes; `rest` makes the word that
+/// each ends in. `None`: the word moved meanwhile.
+pub(super) fn break_around<W: Words, M: Memory>(
     words: &W,
     memory: &M,
     page: Page,
     word: Word,
-    widen: u32,
+    around: Span,
+    bridge: Bridge,
     rest: impl Fn(Word) -> Word,
-) -> Option<Result<u32, Errno>> {
+) -> Option<Result<Span, Errno>> {
     if !words.cas(page, word, word.with_state(State::Breaking)) {
         return None;
     }
-    let mut span = Span::one(page);
-    while span.pages < widen && span.end().0 < words.pages() {
-        let next = words.load(span.end());
-        if !matches!(next.state(), State::Merged | State::Zero)
-            || !words.cas(span.end(), next, next.with_state(State::Breaking))
-        {
-            break;
-        }
-        span.pages += 1;
-    }
-    Some(give_home(words, memory, span, rest).map(|()| span.pages))
+    let mut claimed = Claimed {
+        span: Span::one(page),
+        own: 0,
+    };
+    claimed.reach_up(words, around.end(), bridge);
+    claimed.reach_down(words, around.first, bridge);
+    Some(give_home(words, memory, &claimed, rest).map(|()| claimed.span))
 }
 
-/// Fills and maps the home pages of a span in Breaking; on failure all of it shows its frames again.
-fn give_home<W: Words, M: Memory>(words: &W, memory: &M, span: Span, rest: impl Fn(Word) -> Word) -> Result<(), Errno> {
+/// Pages that a break owns: those that are to get their memory are Breaking; those that had it all along are Homed, which is true of them.
+struct Claimed {
+    span: Span,
+    /// The latter, one bit each, counted from the first page.
+    own: u64,
+}
+
+impl Claimed {
+    fn is_own(&self, page: Page) -> bool {
+        self.own.checked_shr(page.0 - self.span.first.0).unwrap_or(0) & 1 != 0
+    }
+
+    /// Claims one more page, if it can be had: whether its memory is its own.
+    fn claim<W: Words>(words: &W, page: Page, bridge: Bridge) -> Option<bool> {
+        let word = words.load(page);
+        let (own, claimed) = match word.state() {
+            State::Merged | State::Zero => (false, State::Breaking),
+            State::Private if bridge == Bridge::Own => (true, State::Homed),
+            _ => return None,
+        };
+        words.cas(page, word, word.with_state(claimed)).then_some(own)
+    }
+
+    fn reach_up<W: Words>(&mut self, words: &W, end: Page, bridge: Bridge) {
+        let mut merged = self.span.pages;
+        while self.span.end() < end
+            && self.has_room(bridge)
+            && let Some(own) = Claimed::claim(words, self.span.end(), bridge)
+        {
+            if own {
+                self.own |= 1 << self.span.pages;
+            }
+            self.span.pages += 1;
+            if !own {
+                merged = self.span.pages;
+            }
+        }
+        // Beyond the last merged page there is nothing to bridge.
+        while self.span.pages > merged {
+            self.span.pages -= 1;
+            self.own &= !(1 << self.span.pages);
+            give_back(words, self.span.end());
+        }
+    }
+
+    fn reach_down<W: Words>(&mut self, words: &W, first: Page, bridge: Bridge) {
+        let mut merged = self.span.first;
+        while self.span.first > first
+            && self.has_room(bridge)
+            && let Some(own) = Claimed::claim(words, Page(self.span.first.0 - 1), bridge)
+        {
+            self.span = Span {
+                first: Page(self.span.first.0 - 1),
+                pages: self.span.pages + 1,
+            };
+            self.own = self.own << 1 | u64::from(own);
+            if !own {
+                merged = self.span.first;
+            }
+        }
+        while self.span.first < merged {
+            give_back(words, self.span.first);
+            self.span = Span {
+                first: self.span.first.plus(1),
+                pages: self.span.pages - 1,
+            };
+            self.own >>= 1;
+        }
+    }
+
+    /// Whether a bit is left for one page more, where bits are needed.
+    fn has_room(&self, bridge: Bridge) -> bool {
+        bridge == Bridge::Nothing || self.span.pages < u64::BITS
+    }
+
+    /// The stretches that are to get their memory.
+    fn merged(&self) -> impl Iterator<Item = Span> {
+        let is_own = |page| self.is_own(page) && !mutant::active(Mutant::BridgeFilled);
+        let mut at = self.span.first;
+        core::iter::from_fn(move || {
+            while at < self.span.end() && is_own(at) {
+                at = at.plus(1);
+            }
+            let first = at;
+            while at < self.span.end() && !is_own(at) {
+                at = at.plus(1);
+            }
+            (first < at).then(|| Span {
+                first,
+                pages: at.0 - first.0,
+            })
+        })
+    }
+}
+
+/// A page that had its own memory all along is let go.
+fn give_back<W: Words>(words: &W, page: Page) {
+    words.store(page, private_again(words.load(page)));
+}
+
+/// The block around a page, if with this page half of it or more has memory of its own: who writes there, in whatever order, is
+/// about to write the rest. So a break never takes more along than was written before it, but for pages that did not merge.
+pub fn dense_block<W: Words>(words: &W, page: Page) -> Option<Span> {
+    const BLOCK: u32 = 16;
+    let first = page.0 / BLOCK * BLOCK;
+    let block = Span {
+        first: Page(first),
+        pages: BLOCK.min(words.pages() - first),
+    };
+    let own = |&other: &Page| other == page || words.load(other).state() == State::Private;
+    let own = block.iter().filter(own).count() as u32;
+    (2 * own >= block.pages).then_some(block)
+}
+
+/// Fills the home pages that are to be filled, and maps all; on failure each shows what it showed.
+fn give_home<W: Words, M: Memory>(
+    words: &W,
+    memory: &M,
+    claimed: &Claimed,
+    rest: impl Fn(Word) -> Word,
+) -> Result<(), Errno> {
     failpoint::hit(Failpoint::BreakClaimed);
-    let done = memory.fill_home(span).and_then(|()| {
+    let filled = claimed.merged().try_for_each(|part| memory.fill_home(part));
+    let done = filled.and_then(|()| {
         failpoint::hit(Failpoint::BreakFilled);
-        for page in span.iter() {
+        for page in claimed.merged().flat_map(Span::iter) {
             words.store(page, words.load(page).with_state(State::Homed));
         }
-        memory.map_home(span)
+        memory.map_home(claimed.span)
     });
     failpoint::hit(Failpoint::BreakMapped);
-    for page in span.iter() {
+    for page in claimed.span.iter() {
         let word = words.load(page);
-        words.store(page, if done.is_ok() { rest(word) } else { showing(word) });
+        let now = if claimed.is_own(page) {
+            private_again(word)
+        } else if done.is_ok() {
+            rest(word)
+        } else {
+            showing(word)
+        };
+        words.store(page, now);
     }
     done
 }
@@ -217,7 +351,7 @@ fn release_stretch<W: Words>(words: &W, span: Span, state: State) {
 /// `Ok(0)`: somebody else was at it; look again.
 pub fn break_stretch<W: Words, M: Memory>(words: &W, memory: &M, page: Page) -> Result<u32, Errno> {
     match claim_stretch(words, page) {
-        Some(span) => give_home(words, memory, span, private_again).map(|()| span.pages),
+        Some(span) => give_home(words, memory, &Claimed { span, own: 0 }, private_again).map(|()| span.pages),
         None => Ok(0),
     }
 }

@@ -3,7 +3,7 @@
 //! The program's own threads run this, without scanner or broker. They wait for transient words, but only while they own none
 //! themselves; a stretch is claimed as far as it can be had at once, finished, and then the next begins.
 
-use super::fault::break_from;
+use super::fault::{Bridge, break_around};
 use super::lend::{is_being_lent, take_lent};
 use super::merge::private_again;
 use super::{Access, Kind, MAX_RUN, Memory, Page, Span, Words};
@@ -33,7 +33,12 @@ fn unmerge_from<W: Words, M: Memory>(words: &W, memory: &M, page: Page, room: u3
         (State::Merged, Kind::Private) => copy_from(words, memory, page, word, room),
         (State::Merged | State::Zero, Kind::Shared) => {
             let held = |word| private_again(word).with_state(State::Held);
-            break_from(words, memory, page, word, room, held).unwrap_or(Ok(0))
+            let rest = Span {
+                first: page,
+                pages: room,
+            };
+            break_around(words, memory, page, word, rest, Bridge::Nothing, held)
+                .map_or(Ok(0), |broken| broken.map(|span| span.pages))
         }
         // A writer's mark is for the remapper to answer.
         (State::Frozen, _) if word.is_cancelled() => {

@@ -87,7 +87,11 @@ impl World {
             let word = self.load(Page(page));
             let repeated = seen == Some(word);
             seen = Some(word);
-            match write_fault(self, self, Page(page), repeated, 2) {
+            let around = Span {
+                first: Page(0),
+                pages: self.pages(),
+            };
+            match write_fault(self, self, Page(page), repeated, around) {
                 Resolution::Retry | Resolution::Broken(_) => {}
                 Resolution::Wait(word) => self.wait(Page(page), word),
                 Resolution::NoRoom(_) => {
@@ -436,10 +440,10 @@ impl Memory for World {
     }
 
     fn fill_home(&self, span: Span) -> Result<(), Errno> {
-        let mut kernel = self.kernel.lock().unwrap();
-        for page in span.iter() {
-            let shown = kernel.shown(page.0 as usize);
-            kernel.own[page.0 as usize] = Some(shown);
+        for page in span.iter().map(|page| page.0 as usize) {
+            // A copy takes its time.
+            let shown = self.kernel.lock().unwrap().shown(page);
+            self.kernel.lock().unwrap().own[page] = Some(shown);
         }
         Ok(())
     }
@@ -582,6 +586,36 @@ pub fn widened_break() {
     assert_eq!([world.read(0, 0), world.read(1, 0)], [4, 5]);
     assert_eq!([world.read(0, 1), world.read(1, 1)], [CONTENT[1]; 2]);
     world.check_at_rest();
+}
+
+/// Three pages of which the middle one has its own memory and is written, while a break of the first takes the last along.
+pub fn bridging_break() {
+    let world = World::new(Kind::Shared, 3, false);
+    let verdicts = world.merge(3, Slot(0));
+    world.settle(&verdicts, true);
+    break_alone(&world, Page(1));
+    let other = spawn(&world, |world| {
+        world.write(1, 0, 5);
+        world.write(1, 1, 6);
+    });
+    let remapper = spawn(&world, |world| {
+        let verdicts = world.merge(2, Slot(0));
+        world.settle(&verdicts, true);
+    });
+    world.write(0, 0, 4);
+    other.join().unwrap();
+    remapper.join().unwrap();
+    assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), [4, 5, CONTENT[0]]);
+    assert_eq!([0, 1, 2].map(|page| world.read(page, 1)), [CONTENT[1], 6, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// Breaks one page as a write to it does that nobody else writes near.
+fn break_alone(world: &World, page: Page) {
+    assert_eq!(
+        write_fault(world, world, page, false, Span::one(page)),
+        Resolution::Broken(Span::one(page))
+    );
 }
 
 /// Unmerge against the remapper and a writer: afterwards the page is Held and stays so.
