@@ -1,8 +1,9 @@
-"""What the first write to a merged page costs, private and shared, in order and at random: ksmrs and kernel KSM in one run.
+"""What the first write to a merged page costs, private and shared, in order, at random, and at random to one page in 32, where
+no break helps the next one: ksmrs and kernel KSM in one run.
 
     python benches/first_write.py [--mb 64] [--rounds 5] [--json]
 
-One byte is written to each page of an mmap whose twin holds the same bytes: by one call that touches every page (an assignment
+One byte is written to each such page of an mmap whose twin holds the same bytes: by one call that touches every page (an assignment
 to an array of positions), whose time is divided by the pages; and once more, merged anew, page by page through a memoryview
 with the clock read around each, for the percentiles, which have the clock's two readings and the interpreter in them. Unmerged
 memory that was written before is the floor of both. Both engines stand still meanwhile. Kernel KSM has private memory, for it
@@ -120,7 +121,8 @@ def main() -> None:
     nbytes = arguments.mb * MIB
     warm(8 * nbytes)
     in_order = np.arange(0, nbytes, PAGE)
-    orders = {"in order": in_order, "at random": np.random.default_rng(1).permutation(in_order)}
+    shuffled = np.random.default_rng(1).permutation
+    orders = {"in order": in_order, "at random": shuffled(in_order), "far apart": shuffled(in_order[::32])}
     refusal = kernel_ksm.unavailable()
     engines = {"unmerged": unmerged("private"), "unmerged, shared": unmerged("shared")}
     if refusal is None:
@@ -153,7 +155,7 @@ def main() -> None:
         result = {"mb": arguments.mb, "nanoseconds_per_page": medians, "microseconds": latencies}
         print(json.dumps({**result, "ratio_to_kernel": ratios, "kernel_unavailable": refusal}, indent=2))
         return
-    print(f"first write to each of {nbytes // PAGE} merged pages, {arguments.rounds} rounds, us")
+    print(f"first write to merged pages, of {nbytes // PAGE}, {arguments.rounds} rounds, us")
     if refusal is not None:
         print(f"kernel KSM: not measured, {refusal}")
     for name, kinds in medians.items():

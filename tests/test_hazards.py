@@ -181,6 +181,7 @@ def test_at_the_mapping_limit_every_write_succeeds(shared: bool) -> None:
     )
 
 
+@pytest.mark.once
 def test_a_stopped_client_and_its_proposals(shared: bool) -> None:
     """A client is stopped while it merges; others go on; when it wakes nothing is wrong."""
     program = (
@@ -240,6 +241,7 @@ def test_every_way_to_end(shared: bool, how: str) -> None:
     hazard(how, shared, returncode=-signal.SIGTERM if "SIGTERM" in how else 0)
 
 
+@pytest.mark.once
 def test_a_process_that_was_stopped_does_not_take_its_broker_for_silent() -> None:
     with Child(
         """

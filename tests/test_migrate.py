@@ -176,6 +176,7 @@ def test_a_child_that_was_born_meanwhile_follows_too(runtime_dir: object) -> Non
         wait_for(lambda: ksmrs.stats().pages_migrated >= PAGES, "the migration", 60)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_who_has_too_many_mappings_to_merge_follows_all_the_same(runtime_dir: object, shared: bool) -> None:
     ksmrs.tunables.join_runs = 0
@@ -188,6 +189,7 @@ def test_who_has_too_many_mappings_to_merge_follows_all_the_same(runtime_dir: ob
         assert ksmrs.stats().pages_sharing >= PAGES - 16, "nobody is left behind"
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
 def test_no_byte_is_lost_when_brokers_die_over_it(runtime_dir: Path, shared: bool) -> None:

@@ -197,7 +197,7 @@ fn take_home(area: &registry::Area) {
             pages: (area.words.pages() - page.0).min(MAX_RUN as u32),
         };
         match write_fault(&area.words, &area.view, page, false, rest) {
-            Resolution::Broken(span) => page = span.end(),
+            Resolution::Broken(broken) => page = broken.end,
             Resolution::NoRoom(_) => match signal::make_room(area, page) {
                 Ok(pages) => drop(DETACHED_BY_FORK.fetch_add(u64::from(pages), Ordering::Relaxed)),
                 Err(_) => signal::nap(),

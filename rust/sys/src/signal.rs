@@ -223,10 +223,10 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
         let pass = Pass::enter();
         match write_fault(&area.words, &area.view, page, repeats > 0, around) {
             Resolution::Retry => return true,
-            Resolution::Broken(span) => {
-                let end = start + (span.end().0 - page.0) as usize * crate::object::PAGE_SIZE;
+            Resolution::Broken(broken) => {
+                let end = start + (broken.end.0 - page.0) as usize * crate::object::PAGE_SIZE;
                 last.broke(thread, end);
-                BREAKS.fetch_add(u64::from(span.pages), Ordering::Relaxed);
+                BREAKS.fetch_add(u64::from(broken.pages), Ordering::Relaxed);
                 return true;
             }
             Resolution::Wait(word) => {

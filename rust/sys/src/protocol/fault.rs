@@ -17,12 +17,30 @@ use rustix::io::Errno;
 pub enum Resolution {
     /// The write can be tried again.
     Retry,
-    /// So it can, and these pages, the faulting one among them, have been given their own memory.
-    Broken(Span),
+    /// So it can, and pages, the faulting one among them, have been given their own memory.
+    Broken(Broken),
     /// Somebody owns the word: wait until it is no longer this one, then look again.
     Wait(Word),
     /// The kernel had no memory or no mapping left: make room, then look again.
     NoRoom(Errno),
+}
+
+/// How much a fault gave memory of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// How many pages.
+    pub pages: u32,
+    /// The page after the last one.
+    pub end: Page,
+}
+
+impl Broken {
+    const fn all_of(span: Span) -> Broken {
+        Broken {
+            pages: span.pages,
+            end: span.end(),
+        }
+    }
 }
 
 /// Looks once at a page that a write faulted on. `repeated` says that the same thread already came back to the same page and
@@ -47,7 +65,7 @@ pub fn write_fault<W: Words, M: Memory>(words: &W, memory: &M, page: Page, repea
         (State::Homed, Kind::Shared) if word.is_lent() => {
             let most = around.end().0 - page.0;
             match take_lent(words, memory, page, word, most, core::convert::identity) {
-                Some(Ok(pages)) => Resolution::Broken(Span { first: page, pages }),
+                Some(Ok(pages)) => Resolution::Broken(Broken::all_of(Span { first: page, pages })),
                 Some(Err(errno)) => Resolution::NoRoom(errno),
                 None => Resolution::Retry,
             }
@@ -89,7 +107,7 @@ fn take_back<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word)
     match memory.protect(Span::one(page), Access::ReadWrite) {
         Ok(()) => {
             words.store(page, resting);
-            Resolution::Broken(Span::one(page))
+            Resolution::Broken(Broken::all_of(Span::one(page)))
         }
         Err(_) => {
             // One page cannot be split off at the mapping limit; the remapper thaws its whole range.
@@ -101,7 +119,7 @@ fn take_back<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word)
 
 fn break_page<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word, around: Span) -> Resolution {
     match break_around(words, memory, page, word, around, Bridge::Own, private_again) {
-        Some(Ok(span)) => Resolution::Broken(span),
+        Some(Ok(broken)) => Resolution::Broken(broken),
         Some(Err(errno)) => Resolution::NoRoom(errno),
         None => Resolution::Retry,
     }
@@ -126,7 +144,7 @@ pub(super) fn break_around<W: Words, M: Memory>(
     around: Span,
     bridge: Bridge,
     rest: impl Fn(Word) -> Word,
-) -> Option<Result<Span, Errno>> {
+) -> Option<Result<Broken, Errno>> {
     if !words.cas(page, word, word.with_state(State::Breaking)) {
         return None;
     }
@@ -136,7 +154,11 @@ pub(super) fn break_around<W: Words, M: Memory>(
     };
     claimed.reach_up(words, around.end(), bridge);
     claimed.reach_down(words, around.first, bridge);
-    Some(give_home(words, memory, &claimed, rest).map(|()| claimed.span))
+    let broken = Broken {
+        pages: claimed.span.pages - claimed.own.count_ones(),
+        end: claimed.span.end(),
+    };
+    Some(give_home(words, memory, &claimed, rest).map(|()| broken))
 }
 
 /// Pages that a break owns: those that are to get their memory are Breaking; those that had it all along are Homed, which is true of them.

@@ -31,7 +31,7 @@ mod observe;
 mod release;
 mod witness;
 
-pub use fault::{Resolution, break_stretch, dense_block, detach_stretch, write_fault};
+pub use fault::{Broken, Resolution, break_stretch, dense_block, detach_stretch, write_fault};
 pub use lend::{is_being_lent, lend, reclaim};
 pub use merge::{Claims, MAX_RUN, MergeRun, Verdict, bring_home, merge_run, settle};
 pub use observe::{Evidence, copy_and_mark, mark_private, mark_written};

@@ -38,7 +38,7 @@ fn unmerge_from<W: Words, M: Memory>(words: &W, memory: &M, page: Page, room: u3
                 pages: room,
             };
             break_around(words, memory, page, word, rest, Bridge::Nothing, held)
-                .map_or(Ok(0), |broken| broken.map(|span| span.pages))
+                .map_or(Ok(0), |broken| broken.map(|broken| broken.pages))
         }
         // A writer's mark is for the remapper to answer.
         (State::Frozen, _) if word.is_cancelled() => {

@@ -612,9 +612,10 @@ pub fn bridging_break() {
 
 /// Breaks one page as a write to it does that nobody else writes near.
 fn break_alone(world: &World, page: Page) {
+    let end = page.plus(1);
     assert_eq!(
         write_fault(world, world, page, false, Span::one(page)),
-        Resolution::Broken(Span::one(page))
+        Resolution::Broken(Broken { pages: 1, end })
     );
 }
 
