@@ -3,11 +3,11 @@ no break helps the next one: ksmrs and kernel KSM in one run.
 
     python benches/first_write.py [--mb 64] [--rounds 5] [--json]
 
-One byte is written to each such page of an mmap whose twin holds the same bytes: by one call that touches every page (an assignment
-to an array of positions), whose time is divided by the pages; and once more, merged anew, page by page through a memoryview
-with the clock read around each, for the percentiles, which have the clock's two readings and the interpreter in them. Unmerged
-memory that was written before is the floor of both. Both engines stand still meanwhile. Kernel KSM has private memory, for it
-merges no other. Every byte is verified. In private regions both engines leave the copy to the kernel.
+One byte is written to each such page of an mmap whose twin holds the same bytes: by one call that touches every page (an
+assignment to an array of positions), whose time is divided by the pages; and once more, merged anew, page by page through a
+memoryview with the clock read around each, for the percentiles, which have the clock's two readings and the interpreter in
+them. Unmerged memory that was written before is the floor of both. Both engines stand still meanwhile. Kernel KSM has private
+memory, for it merges no other. Every byte is verified. In private regions both engines leave the copy to the kernel.
 """
 
 from __future__ import annotations
