@@ -211,6 +211,15 @@ def plot(table: list[Row], to: Path) -> str | None:
     return None
 
 
+def write(report: dict[str, Any], to: Path, seconds: float) -> None:
+    """What was found so far: whoever interrupts keeps it."""
+    table = rows(report["results"])
+    report |= {"seconds": seconds, "rows": [asdict(row) for row in table]}
+    to.mkdir(parents=True, exist_ok=True)
+    (to / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (to / "report.md").write_text(markdown(report, table))
+
+
 def interrupt(number: int, _frame: object) -> None:
     # Nothing interrupts what puts the knobs back.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -237,6 +246,7 @@ def main() -> int:
         "results": {},
         "failed": {},
         "skipped": {},
+        "no_plot": "the run did not come to its end",
     }
     began = time.monotonic()
     for name in arguments.only or SCENARIOS:
@@ -252,12 +262,9 @@ def main() -> int:
             print(f"{name} failed: {why}", file=sys.stderr)
         else:
             report["results"][name] = result
-    table = rows(report["results"])
-    report |= {"seconds": time.monotonic() - began, "rows": [asdict(row) for row in table]}
-    arguments.to.mkdir(parents=True, exist_ok=True)
-    report["no_plot"] = plot(table, arguments.to / "ratios.png")
-    (arguments.to / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (arguments.to / "report.md").write_text(markdown(report, table))
+        write(report, arguments.to, time.monotonic() - began)
+    report["no_plot"] = plot(rows(report["results"]), arguments.to / "ratios.png")
+    write(report, arguments.to, time.monotonic() - began)
     print(f"wrote {arguments.to}/report.md" + (f"; no plot: {report['no_plot']}" if report["no_plot"] else ""))
     return 1 if report["failed"] else 0
 

@@ -218,7 +218,7 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
         return false;
     }
     failpoint::hit(Failpoint::FaultArrived);
-    let around = around(area, page, last.width(thread, start));
+    let mut around = around(area, page, last.width(thread, start));
     loop {
         let pass = Pass::enter();
         match write_fault(&area.words, &area.view, page, repeats > 0, around) {
@@ -233,6 +233,8 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
                 drop(pass);
                 area.words.wait(page, word);
             }
+            // Perhaps there is room for what was written.
+            Resolution::NoRoom(_) if around.pages > 1 => around = Span::one(page),
             Resolution::NoRoom(_) => {
                 let made = make_room(area, page);
                 drop(pass);
