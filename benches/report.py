@@ -180,13 +180,9 @@ def markdown(report: dict[str, Any], table: list[Row]) -> str:
 
 def plot(table: list[Row], to: Path) -> str | None:
     """Draw what was compared, as parts of kernel KSM's figure; why not, if not."""
-    bars = [
-        (f"{row.work}, {kind}", getattr(row, f"ratio_{kind}"), getattr(row, f"target_{kind}"))
-        for row in table
-        for kind in ("private", "shared")
-        if getattr(row, f"ratio_{kind}") is not None
-    ]
-    if not bars:
+    kinds = {"private": "o", "shared": "s"}
+    compared = [row for row in table if any(getattr(row, f"ratio_{kind}") is not None for kind in kinds)]
+    if not compared:
         return "nothing was compared with kernel KSM"
     try:
         import matplotlib as mpl  # noqa: PLC0415
@@ -195,18 +191,26 @@ def plot(table: list[Row], to: Path) -> str | None:
     mpl.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    chart, axes = pyplot.subplots(figsize=(10, 1 + 0.5 * len(bars)), layout="constrained")
-    # From 1, as good as the kernel: what is better goes to the left.
-    axes.barh([name for name, _, _ in bars], [ratio - 1 for _, ratio, _ in bars], left=1)
+    chart, axes = pyplot.subplots(figsize=(10, 1 + 0.25 * len(compared)), layout="constrained")
+    for number, (kind, marker) in enumerate(kinds.items()):
+        for at, row in enumerate(compared):
+            ratio, target = getattr(row, f"ratio_{kind}"), getattr(row, f"target_{kind}")
+            place, colour = at + 0.3 * number - 0.15, f"C{number}"
+            if ratio is not None:
+                # From 1, as good as the kernel: what is better goes to the left.
+                axes.plot([1, ratio], [place, place], color=colour)
+                axes.plot(ratio, place, marker, color=colour, markersize=5, label=None if at else f"ksmrs, {kind}")
+            if target is not None:
+                axes.plot(target, place, "|", color="black", markersize=9)
+    axes.plot([], [], "|", color="black", label="target")
     axes.set_xscale("log")
     axes.margins(y=0.01)
-    for at, (_, _, target) in enumerate(bars):
-        if target is not None:
-            axes.plot([target, target], [at - 0.4, at + 0.4], color="black")
+    axes.set_yticks(range(len(compared)), [row.work for row in compared])
     axes.axvline(1, color="grey", linestyle="dotted")
-    axes.set_xlabel("part of kernel KSM's figure at its maximum, same run; black: target")
+    axes.set_xlabel("part of kernel KSM's figure at its maximum, same run: left of 1 is better")
+    axes.legend()
     axes.invert_yaxis()
-    chart.savefig(to, dpi=120)
+    chart.savefig(to, dpi=100)
     pyplot.close(chart)
     return None
 
