@@ -62,7 +62,7 @@ impl Region {
     /// As there.
     pub fn arena(table: &'static ClientTable, pages: u32) -> Result<Region, SysError> {
         let era = crate::region::era()?;
-        Region::over(table, Mapping::create(pages, Kind::Private)?, era, true)
+        Region::over(table, Mapping::create(pages, Kind::Private)?.maybe_huge(), era, true)
     }
 
     /// Whether the program may have the page take part at all.
@@ -214,6 +214,11 @@ impl Region {
         // Locked memory cannot be discarded, but replaced.
         self.open(|_| self.view.discard(span).or_else(|_| self.view.refresh(span)).is_ok())
             .unwrap_or(false)
+    }
+
+    /// Asks for huge pages where whole ones fit into pages that are about to be lent and have no memory.
+    pub(crate) fn want_huge_pages(&self, span: Span) {
+        self.open(|_| self.view.want_huge(span));
     }
 
     /// In a child to which the region does not belong: fresh memory over pages that nobody there wants any more.

@@ -89,7 +89,8 @@ impl Stage {
         let mut verdicts = vec![Verdict::Busy; span.pages as usize];
         let merged = self.region.merge(run, &self.file, fork::count(), tools, &mut verdicts);
         merged.unwrap().unwrap();
-        for page in span.iter().filter(|page| verdicts[page.0 as usize] == Verdict::Merged) {
+        let settles = |page: &Page| self.region.kind() == Kind::Shared && verdicts[page.0 as usize] == Verdict::Merged;
+        for page in span.iter().filter(settles) {
             self.region
                 .settle(Span::one(page), true, fork::count())
                 .unwrap()

@@ -38,6 +38,9 @@ pub const KEEP: core::ops::RangeInclusive<usize> = 4 << 20..=64 << 20;
 const SURPLUS: Duration = Duration::from_secs(1);
 /// Larger blocks give their memory back when they are freed, as the C library unmaps such.
 const KEEP_BLOCK: u32 = (32 << 20) / PAGE_SIZE as u32;
+/// From this size on a block's memory is asked to be of huge pages, as NumPy does for its own: the first write to each 2 MiB, and
+/// walking through them, then cost a third of what small pages cost.
+const HUGE_FROM: u32 = (4 << 20) / PAGE_SIZE as u32;
 /// Pages of an arena, unless a block needs more.
 const ARENA: u32 = (64 << 20) / PAGE_SIZE as u32;
 /// Free arenas beyond this number end.
@@ -76,6 +79,8 @@ pub struct Fresh {
 
 struct Heap {
     supply: Option<Supply>,
+    /// Whether large blocks are to be of huge pages.
+    huge: bool,
     /// The life whose arenas these are.
     era: Option<u32>,
     next: u32,
@@ -92,6 +97,7 @@ struct Heap {
 
 static HEAP: Mutex<Heap> = Mutex::new(Heap {
     supply: None,
+    huge: false,
     era: None,
     next: 0,
     arenas: BTreeMap::new(),
@@ -273,8 +279,10 @@ fn place(arena: &Arena, first: u32) -> Place {
 /// Says where arenas come from, makes the first one, so that children are born with it, and has blocks take part from now on. False
 /// where none can be had.
 pub fn begin(supply: Supply) -> bool {
+    // The switch that NumPy has for its own.
+    let huge = std::env::var_os("NUMPY_MADVISE_HUGEPAGE").is_none_or(|value| value != "0");
     let mut heap = heap();
-    heap.supply = Some(supply);
+    (heap.supply, heap.huge) = (Some(supply), huge);
     OPENS.store(true, Ordering::Release);
     !heap.arenas.is_empty() || heap.add_arena(ARENA).is_some()
 }
@@ -301,10 +309,14 @@ pub fn lend(bytes: usize) -> Option<Fresh> {
         pages,
     };
     arena.lend(place.first, block, bytes);
-    Some(Fresh {
-        address: arena.address(place.first),
-        zeros,
-    })
+    let address = arena.address(place.first);
+    if zeros && pages >= HUGE_FROM && heap.huge {
+        // Lent, it keeps its arena there.
+        let region = arena.region.clone();
+        drop(heap);
+        region.want_huge_pages(span(place.first, pages));
+    }
+    Some(Fresh { address, zeros })
 }
 
 /// Bytes that were asked for at a lent address, and bytes that are there; `None` where nothing of the heap begins.

@@ -123,6 +123,12 @@ impl Mapping {
         })
     }
 
+    /// The same, of which parts may be asked to become huge pages ([`View::want_huge`]).
+    pub(crate) fn maybe_huge(mut self) -> Mapping {
+        self.view.huge = self.view.kind == Kind::Private;
+        self
+    }
+
     /// Takes charge of memory that the program made. Nothing of it is changed yet.
     ///
     /// # Errors

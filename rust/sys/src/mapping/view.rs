@@ -126,6 +126,18 @@ impl View {
         unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxDontNeed) }
     }
 
+    /// Asks for huge pages where whole ones fit into private pages that have no memory yet.
+    pub(crate) fn want_huge(&self, span: Span) {
+        let (start, bytes) = self.range(span);
+        let first = start.addr().next_multiple_of(EXTENT_SIZE);
+        let end = (start.addr() + bytes) / EXTENT_SIZE * EXTENT_SIZE;
+        if !self.huge || end <= first {
+            return;
+        }
+        // SAFETY: pages of our view; the advice changes no byte. A kernel that declines gives small ones.
+        let _ = unsafe { rustix::mm::madvise(start.with_addr(first), end - first, Advice::LinuxHugepage) };
+    }
+
     /// Maps fresh memory over private pages.
     pub(crate) fn refresh(&self, span: Span) -> Result<(), Errno> {
         debug_assert!(self.kind == Kind::Private, "only arenas are abandoned");
