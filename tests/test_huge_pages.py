@@ -5,9 +5,13 @@ Measured by PSS; each program says first whether its memory is huge at all, and 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 
 from children import run
+from conftest import HUGE_PAGES
 
 PROGRAM = """
     import mmap
@@ -166,3 +170,70 @@ DECLINED = """
 
 def test_what_does_not_become_huge_is_counted_with_the_reason() -> None:
     run(DECLINED)
+
+
+@pytest.fixture
+def only_where_asked() -> Iterator[None]:
+    """Huge pages for memory that somebody asked them for, and no other."""
+    if not os.access(HUGE_PAGES, os.W_OK):
+        pytest.skip("only root may say who gets huge pages")
+    before = HUGE_PAGES.read_text()
+    HUGE_PAGES.write_text("madvise")
+    try:
+        yield
+    finally:
+        HUGE_PAGES.write_text(before[before.index("[") + 1 : before.index("]")])
+
+
+MEMORY = """
+    from pathlib import Path
+    def memory(name):
+        return int(Path("/proc/self/smaps_rollup").read_text().split(name + ":")[1].split()[0]) << 10
+"""
+
+LARGE = """
+    before = memory("AnonHugePages")
+    arrays = [np.ones(12 << 20, np.uint8) for _ in range(4)]
+    print(memory("AnonHugePages") - before >> 20)
+"""
+
+
+@pytest.mark.usefixtures("only_where_asked")
+def test_large_arrays_of_a_merging_process_are_of_huge_pages_as_numpys_own() -> None:
+    def huge_mib(**environment: str) -> int:
+        return int(run(MEMORY + LARGE, **environment))
+
+    if huge_mib() < 40:
+        pytest.skip("NumPy itself got no huge pages")
+    assert huge_mib(KSMRS_MERGE_PROCESS="1") >= 40
+    assert huge_mib(KSMRS_MERGE_PROCESS="1", NUMPY_MADVISE_HUGEPAGE="0") == 0
+
+
+LENT = """
+    size, step = 32 << 20, {step}
+    content = np.random.default_rng(1).integers(1, 256, size, np.uint8)
+    arrays = [content, content.copy(), content.copy()]
+    if step:  # every other stretch of so many pages is each array's own
+        for number, array in enumerate(arrays):
+            own = array[: size // (2 * step * 4096) * 2 * step * 4096].reshape(-1, 2, step, 4096)[:, 1]
+            own[:, :, 100] = number
+    held = [array.tobytes() for array in arrays]
+    before = memory("Pss_Anon")
+    print("huge:", memory("AnonHugePages") >> 20, "MiB")
+    wanted = 3 * (size // 4096 - 1) // (2 if step else 1) * 98 // 100
+    wait_for(lambda: ksmrs.merge(10) and ksmrs.process_stats().ksm_merging_pages >= wanted, "merging", 60)
+    merged = ksmrs.process_stats().ksm_merging_pages * 4096
+    wait_for(lambda: before - memory("Pss_Anon") > merged * 95 // 100, "the end of the merged pages", 30)
+    assert [array.tobytes() for array in arrays] == held
+    arrays[0][::4096] ^= 1
+    arrays[0][::4096] ^= 1
+    assert [array.tobytes() for array in arrays] == held
+    ksmrs.merge_process(False)
+    assert [array.tobytes() for array in arrays] == held
+"""
+
+
+@pytest.mark.usefixtures("only_where_asked")
+@pytest.mark.parametrize("step", [0, 16], ids=["all equal", "64 KiB"])
+def test_what_merged_of_large_arrays_is_freed(step: int) -> None:
+    run(MEMORY + LENT.format(step=step), KSMRS_MERGE_PROCESS="1")

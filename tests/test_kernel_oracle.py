@@ -108,7 +108,9 @@ def test_a_chain_whose_frames_went_is_an_ordinary_node_again(few: Scene) -> None
     few.expect(pages_shared=3, pages_sharing=45, stable_node_chains=1, stable_node_dups=3)
     worker.put(1, list(range(1, 48)))
     found = few.engine.settled()
-    assert (found["pages_shared"], found["pages_sharing"], found["pages_unshared"]) == (1, 0, 47), found
+    # Differs on purpose: a block of shared memory breaks as a whole once half of it is written (README), the last page with it.
+    left = (0, 0, 48) if few.engine.name == "ksmrs shared" else (1, 0, 47)
+    assert (found["pages_shared"], found["pages_sharing"], found["pages_unshared"]) == left, found
     if few.engine.name != "kernel":
         # Differs on purpose: here nobody has to search.
         assert (found["stable_node_chains"], found["stable_node_dups"]) == (0, 0), found
