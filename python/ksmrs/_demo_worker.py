@@ -129,10 +129,13 @@ class Worker:
 
 
 def _pages_of_frames() -> int:
-    """Count the pages that show a frame, as the kernel sees it: mapped from a frame store and not copied since."""
+    """Count the pages that show a frame, as the kernel sees it: mapped from a frame store and not copied since.
+
+    Regions map frames privately; the one mapping of the whole store that merging may look through for a moment is shared.
+    """
     shown = 0
     for mapping in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
-        if "ksmrs-store" in mapping:
+        if "ksmrs-store" in mapping and mapping.split(maxsplit=2)[1].endswith("p"):
             sizes = {name: int(size) for name, size in re.findall(r"(?m)^(Rss|Anonymous): +(\d+) kB$", mapping)}
             shown += (sizes["Rss"] - sizes["Anonymous"]) * 1024 // PAGE_SIZE
     return shown
