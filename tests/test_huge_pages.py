@@ -200,13 +200,10 @@ LARGE = """
 
 @pytest.mark.usefixtures("only_where_asked")
 def test_large_arrays_of_a_merging_process_are_of_huge_pages_as_numpys_own() -> None:
-    def huge_mib(**environment: str) -> int:
-        return int(run(MEMORY + LARGE, **environment))
-
-    if huge_mib() < 40:
+    if int(run(MEMORY + LARGE)) < 40:
         pytest.skip("NumPy itself got no huge pages")
-    assert huge_mib(KSMRS_MERGE_PROCESS="1") >= 40
-    assert huge_mib(KSMRS_MERGE_PROCESS="1", NUMPY_MADVISE_HUGEPAGE="0") == 0
+    assert int(run(MEMORY + LARGE, KSMRS_MERGE_PROCESS="1")) >= 40
+    assert int(run(MEMORY + LARGE, KSMRS_MERGE_PROCESS="1", NUMPY_MADVISE_HUGEPAGE="0")) == 0
 
 
 LENT = """
