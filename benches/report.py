@@ -199,9 +199,10 @@ def plot(table: list[Row], to: Path) -> str | None:
             if ratio is not None:
                 # From 1, as good as the kernel: what is better goes to the left.
                 axes.plot([1, ratio], [place, place], color=colour)
-                axes.plot(ratio, place, marker, color=colour, markersize=5, label=None if at else f"ksmrs, {kind}")
+                axes.plot(ratio, place, marker, color=colour, markersize=5)
             if target is not None:
                 axes.plot(target, place, "|", color="black", markersize=9)
+        axes.plot([], [], marker, color=f"C{number}", label=f"ksmrs, {kind}")
     axes.plot([], [], "|", color="black", label="target")
     axes.set_xscale("log")
     axes.margins(y=0.01)

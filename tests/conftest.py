@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,18 +40,25 @@ def pytest_report_header() -> str:
     return "transparent huge pages: this kernel has none"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def huge_pages() -> Iterator[None]:
-    """Huge pages wherever they fit, where the caller may say so; `unprivileged.py` runs everything again without any."""
-    if not (HUGE_PAGES.exists() and os.access(HUGE_PAGES, os.W_OK)):
-        yield
-        return
+@contextmanager
+def huge_pages_for(whom: str) -> Iterator[None]:
+    """Who gets huge pages, in the kernel's words; only where the caller may say so."""
     before = HUGE_PAGES.read_text()
-    HUGE_PAGES.write_text("always")
+    HUGE_PAGES.write_text(whom)
     try:
         yield
     finally:
         HUGE_PAGES.write_text(before[before.index("[") + 1 : before.index("]")])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def huge_pages() -> Iterator[None]:
+    """Huge pages wherever they fit, where the caller may say so; `unprivileged.py` runs everything again without any."""
+    if not os.access(HUGE_PAGES, os.W_OK):
+        yield
+        return
+    with huge_pages_for("always"):
+        yield
 
 
 def links(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from children import run
-from conftest import HUGE_PAGES
+from conftest import HUGE_PAGES, huge_pages_for
 
 PROGRAM = """
     import mmap
@@ -177,12 +177,8 @@ def only_where_asked() -> Iterator[None]:
     """Huge pages for memory that somebody asked them for, and no other."""
     if not os.access(HUGE_PAGES, os.W_OK):
         pytest.skip("only root may say who gets huge pages")
-    before = HUGE_PAGES.read_text()
-    HUGE_PAGES.write_text("madvise")
-    try:
+    with huge_pages_for("madvise"):
         yield
-    finally:
-        HUGE_PAGES.write_text(before[before.index("[") + 1 : before.index("]")])
 
 
 MEMORY = """

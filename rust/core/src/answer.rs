@@ -433,12 +433,12 @@ impl Core {
                 self.rmap.abandon(slot, true);
                 continue;
             }
-            self.rmap.frames.fill(slot, expected.unwrap_or(self.zero));
+            let checksum = expected.unwrap_or(self.zero);
+            self.rmap.frames.fill(slot, checksum);
             self.rmap.stable.insert(&mut self.rmap.frames, slot);
             if waiters.len() as u32 >= self.tunables.max_page_sharing {
                 // Whoever came after them was filed as if there were no frame.
-                self.unstable
-                    .crowd_out(&self.pages, expected.unwrap_or(self.zero).tag());
+                self.unstable.crowd_out(&self.pages, checksum.tag());
             }
             for page in waiters {
                 if let Some(client) = client_of(self, page) {

@@ -117,7 +117,9 @@ impl UnstableTree {
         }
         self.fresh = true;
         self.odd = !self.odd;
-        self.kept = whole && !std::mem::take(&mut self.gaps);
+        // Taken in any case: they are of the pass that is over.
+        let gaps = std::mem::take(&mut self.gaps);
+        self.kept = whole && !gaps;
         if self.kept {
             self.table.fit(hash_in(pages));
         } else {

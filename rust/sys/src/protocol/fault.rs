@@ -118,7 +118,12 @@ fn take_back<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word)
 }
 
 fn break_page<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word, around: Span) -> Resolution {
-    match break_around(words, memory, page, word, around, Bridge::Own, private_again) {
+    let bridge = if around.pages <= u64::BITS {
+        Bridge::Own
+    } else {
+        Bridge::Nothing
+    };
+    match break_around(words, memory, page, word, around, bridge, private_again) {
         Some(Ok(broken)) => Resolution::Broken(broken),
         Some(Err(errno)) => Resolution::NoRoom(errno),
         None => Resolution::Retry,
@@ -130,7 +135,8 @@ fn break_page<W: Words, M: Memory>(words: &W, memory: &M, page: Page, word: Word
 pub(super) enum Bridge {
     /// It ends there.
     Nothing,
-    /// It maps their home over them once more, which changes nothing that anyone can read, so that one mapping does for all.
+    /// It maps their home over them once more, which changes nothing that anyone can read, so that one mapping does for all. Of 64
+    /// pages at most, for each needs a bit.
     Own,
 }
 
@@ -187,7 +193,6 @@ impl Claimed {
     fn reach_up<W: Words>(&mut self, words: &W, end: Page, bridge: Bridge) {
         let mut merged = self.span.pages;
         while self.span.end() < end
-            && self.has_room(bridge)
             && let Some(own) = Claimed::claim(words, self.span.end(), bridge)
         {
             if own {
@@ -209,7 +214,6 @@ impl Claimed {
     fn reach_down<W: Words>(&mut self, words: &W, first: Page, bridge: Bridge) {
         let mut merged = self.span.first;
         while self.span.first > first
-            && self.has_room(bridge)
             && let Some(own) = Claimed::claim(words, Page(self.span.first.0 - 1), bridge)
         {
             self.span = Span {
@@ -229,11 +233,6 @@ impl Claimed {
             };
             self.own >>= 1;
         }
-    }
-
-    /// Whether a bit is left for one page more, where bits are needed.
-    fn has_room(&self, bridge: Bridge) -> bool {
-        bridge == Bridge::Nothing || self.span.pages < u64::BITS
     }
 
     /// The stretches that are to get their memory.
