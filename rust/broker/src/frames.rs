@@ -4,9 +4,10 @@
 //! marks true. Never decides which slot holds what.
 
 use ksmrs_core::{Checksum, Fill, Slot};
+use ksmrs_sys::extent::{Extent, Writer};
 use ksmrs_sys::failpoint::{self, Failpoint};
 use ksmrs_sys::numa::Preferred;
-use ksmrs_sys::store::{HASHED_AT_ONCE, Store};
+use ksmrs_sys::store::HASHED_AT_ONCE;
 use ksmrs_sys::{EXTENT_PAGES, SysError};
 
 use crate::domain::Domain;
@@ -24,11 +25,13 @@ impl Domain {
             return checksums.extend((0..pages).map(|_| None));
         };
         let _preferred = self.prefer(fill.node);
-        if fill.whole_extent {
-            self.make_huge(slot, pages);
-        }
-        self.write(slot, pages, checksums, |store, done, now| {
-            store.fill(slot.plus(done), staging, u32::from(fill.staging_index) + done, now)
+        let extent = if fill.whole_extent {
+            self.make_huge(slot, pages)
+        } else {
+            None
+        };
+        self.write(slot, pages, extent, checksums, |writer, done, now| {
+            writer.fill(slot.plus(done), staging, u32::from(fill.staging_index) + done, now)
         });
     }
 
@@ -41,9 +44,9 @@ impl Domain {
             let _preferred = self.prefer(self.core.node_of(run[0].0));
             let from: Vec<ksmrs_sys::Slot> = run.iter().map(|&(from, _)| in_store(from)).collect();
             let to = in_store(run[0].1);
-            self.make_huge(to, run.len() as u32);
-            self.write(to, run.len() as u32, &mut checksums, |store, done, now| {
-                store.copy(&from[done as usize..(done + now) as usize], to.plus(done))
+            let extent = self.make_huge(to, run.len() as u32);
+            self.write(to, run.len() as u32, extent, &mut checksums, |writer, done, now| {
+                writer.copy(&from[done as usize..(done + now) as usize], to.plus(done))
             });
         }
         failpoint::hit(Failpoint::BrokerFilled);
@@ -57,12 +60,18 @@ impl Domain {
     }
 
     /// Frames that are about to be written: one huge page if they are a whole extent.
-    fn make_huge(&mut self, slot: ksmrs_sys::Slot, pages: u32) {
-        let whole = pages == EXTENT_PAGES && slot.0.is_multiple_of(EXTENT_PAGES);
-        if whole && let Err(declined) = self.store.make_huge(slot) {
-            tracing::debug!(domain = self.name, ?slot, %declined, "the extent stays small");
-            self.core.stays_small(Slot(slot.0));
-            self.huge_declined = Some(declined);
+    fn make_huge(&mut self, slot: ksmrs_sys::Slot, pages: u32) -> Option<Extent> {
+        if pages != EXTENT_PAGES || !slot.0.is_multiple_of(EXTENT_PAGES) {
+            return None;
+        }
+        match self.store.make_huge(slot) {
+            Ok(extent) => Some(extent),
+            Err(declined) => {
+                tracing::debug!(domain = self.name, ?slot, %declined, "the extent stays small");
+                self.core.stays_small(Slot(slot.0));
+                self.huge_declined = Some(declined);
+                None
+            }
         }
     }
 
@@ -71,14 +80,16 @@ impl Domain {
         &mut self,
         slot: ksmrs_sys::Slot,
         pages: u32,
+        extent: Option<Extent>,
         checksums: &mut Vec<Option<Checksum>>,
-        piece: impl Fn(&mut Store, u32, u32) -> Result<(), SysError>,
+        piece: impl Fn(&mut Writer<'_>, u32, u32) -> Result<(), SysError>,
     ) {
         let mut hashes = Vec::with_capacity(pages as usize);
+        let mut writer = self.store.writer(extent);
         let written = (0..pages).step_by(HASHED_AT_ONCE as usize).try_for_each(|done| {
             let now = (pages - done).min(HASHED_AT_ONCE);
-            piece(&mut self.store, done, now)?;
-            self.store.hash(slot.plus(done), now, &self.checksummer, &mut hashes)
+            piece(&mut writer, done, now)?;
+            writer.hash(slot.plus(done), now, &self.checksummer, &mut hashes)
         });
         match written {
             Ok(()) => {

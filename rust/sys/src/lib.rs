@@ -13,6 +13,7 @@ pub mod daemon;
 pub mod descriptors;
 mod ending;
 pub mod error;
+pub mod extent;
 pub mod failpoint;
 pub mod foreign;
 pub mod fork;

@@ -155,6 +155,25 @@ pub(crate) unsafe fn write_from(
     Ok(())
 }
 
+/// Reads as many bytes as there is room for, from an offset on.
+///
+/// # Errors
+/// The kernel's errno; EIO beyond the end.
+pub(crate) fn read(fd: impl AsFd, what: &'static str, mut into: &mut [u8], mut offset: u64) -> Result<(), SysError> {
+    while !into.is_empty() {
+        match rustix::io::pread(&fd, &mut *into, offset) {
+            Ok(0) => return Err(SysError::call("pread", what)(Errno::IO)),
+            Ok(read) => {
+                into = &mut into[read..];
+                offset += read as u64;
+            }
+            Err(Errno::INTR) => continue,
+            Err(errno) => return Err(SysError::call("pread", what)(errno)),
+        }
+    }
+    Ok(())
+}
+
 /// Bytes of memory that the object really has (`st_blocks`), swapped ones included.
 ///
 /// # Errors

@@ -2,25 +2,24 @@
 //!
 //! It relies on the seals and the 0400 mode: a client's descriptor cannot write, and the size never changes. It knows slots
 //! and bytes; which slot holds what, and when one may be punched, is decided elsewhere. Nobody maps the whole store, the
-//! broker only ever an extent at a time, to make it huge.
+//! broker only ever an extent at a time, while it writes it (`extent.rs`).
 
-use core::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
 
 use crate::bytes::PageBuffer;
 use crate::checksum::Checksummer;
-use crate::error::{SysError, last_errno};
-use crate::object::{self, EXTENT_PAGES, EXTENT_SIZE, PAGE_SIZE};
+use crate::error::SysError;
+use crate::extent::{Extent, Writer};
+use crate::object::{self, EXTENT_PAGES, PAGE_SIZE};
 use crate::staging::StagingView;
 use crate::window::Glass;
 use crate::word::Slot;
 use std::sync::OnceLock;
 
-const WHAT: &str = "frame store";
+pub(crate) const WHAT: &str = "frame store";
 /// The smallest store worth having, should RLIMIT_FSIZE allow no larger one: 64 MiB.
 const MIN_SLOTS: u64 = 32 * EXTENT_PAGES as u64;
 /// Slot numbers are 32 bits and the last one means zero.
@@ -29,7 +28,7 @@ const MAX_SLOTS: u64 = (u32::MAX - 2 * EXTENT_PAGES) as u64 / EXTENT_PAGES as u6
 /// Frames read at once, for hashing or copying: 128 KiB, which the second-level cache still holds from being filled.
 pub const HASHED_AT_ONCE: u32 = 32;
 
-const fn offset_of(slot: Slot) -> u64 {
+pub(crate) const fn offset_of(slot: Slot) -> u64 {
     slot.0 as u64 * PAGE_SIZE as u64
 }
 
@@ -152,37 +151,10 @@ impl Store {
         while done < pages {
             let now = (pages - done).min(HASHED_AT_ONCE);
             let bytes = now as usize * PAGE_SIZE;
-            self.read_exact(offset_of(slot.plus(done)), 0..bytes)?;
-            piece(done, &self.buffer.bytes()[..bytes])?;
+            let frames = &mut self.buffer.bytes_mut()[..bytes];
+            object::read(&self.fd, WHAT, frames, offset_of(slot.plus(done)))?;
+            piece(done, frames)?;
             done += now;
-        }
-        Ok(())
-    }
-
-    /// Reads so many bytes from there, into this part of the buffer.
-    fn read_exact(&mut self, mut offset: u64, mut into: Range<usize>) -> Result<(), SysError> {
-        while !into.is_empty() {
-            match rustix::io::pread(&self.fd, &mut self.buffer.bytes_mut()[into.clone()], offset) {
-                Ok(0) => {
-                    return Err(SysError::Call {
-                        call: "pread",
-                        what: WHAT,
-                        errno: Errno::IO,
-                    });
-                }
-                Ok(read) => {
-                    into.start += read;
-                    offset += read as u64;
-                }
-                Err(Errno::INTR) => continue,
-                Err(errno) => {
-                    return Err(SysError::Call {
-                        call: "pread",
-                        what: WHAT,
-                        errno,
-                    });
-                }
-            }
         }
         Ok(())
     }
@@ -201,14 +173,17 @@ impl Store {
             from.len()
         );
         self.check(to, from.len() as u32);
-        let mut at = 0;
-        for run in from.chunk_by(|one, next| one.0 + 1 == next.0) {
-            self.check(run[0], run.len() as u32);
-            let end = at + run.len() * PAGE_SIZE;
-            self.read_exact(offset_of(run[0]), at..end)?;
-            at = end;
-        }
-        object::write(&self.fd, WHAT, &self.buffer.bytes()[..at], offset_of(to))
+        let bytes = &mut self.buffer.bytes_mut()[..from.len() * PAGE_SIZE];
+        read_frames(&self.fd, from, bytes)?;
+        object::write(&self.fd, WHAT, bytes, offset_of(to))
+    }
+
+    /// The frames' bytes.
+    ///
+    /// # Errors
+    /// The kernel's errno.
+    pub(crate) fn read(&self, from: &[Slot], into: &mut [u8]) -> Result<(), SysError> {
+        read_frames(&self.fd, from, into)
     }
 
     /// Writes frames to an object, from a byte offset on; how many.
@@ -246,6 +221,11 @@ impl Store {
         Ok(filled)
     }
 
+    /// To write frames, those of an extent where it is mapped.
+    pub fn writer(&mut self, extent: Option<Extent>) -> Writer<'_> {
+        Writer::new(self, extent)
+    }
+
     /// Makes the empty extent that starts at `slot` one huge page, to be filled whole right away.
     ///
     /// One byte is written first, for the kernel does not collapse a wholly empty extent. Where it declines (no memory in one
@@ -253,54 +233,11 @@ impl Store {
     ///
     /// # Errors
     /// Why it did not become one.
-    pub fn make_huge(&self, slot: Slot) -> Result<(), SysError> {
+    pub fn make_huge(&self, slot: Slot) -> Result<Extent, SysError> {
         self.check(slot, EXTENT_PAGES);
         assert!(slot.0.is_multiple_of(EXTENT_PAGES), "{slot:?} does not start an extent");
         rustix::io::pwrite(&self.fd, &[0], offset_of(slot)).map_err(SysError::call("pwrite", WHAT))?;
-        self.collapse(slot)
-    }
-
-    fn collapse(&self, slot: Slot) -> Result<(), SysError> {
-        // An address at the right place modulo 2 MiB: ask for twice the room, let go of it, and ask again with a hint inside.
-        // Should another thread take the place meanwhile, the kernel maps elsewhere and this extent stays small.
-        // SAFETY: no fixed addresses: the kernel never replaces a mapping here, and we unmap only what we were given.
-        unsafe {
-            let wide = rustix::mm::mmap_anonymous(
-                core::ptr::null_mut(),
-                2 * EXTENT_SIZE,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE,
-            )
-            .map_err(SysError::call("mmap", WHAT))?;
-            let hint = wide.map_addr(|address| address.next_multiple_of(EXTENT_SIZE));
-            rustix::mm::munmap(wide, 2 * EXTENT_SIZE).map_err(SysError::call("munmap", WHAT))?;
-            let protection = ProtFlags::READ | ProtFlags::WRITE;
-            let window = rustix::mm::mmap(
-                hint,
-                EXTENT_SIZE,
-                protection,
-                MapFlags::SHARED,
-                &self.fd,
-                offset_of(slot),
-            )
-            .map_err(SysError::call("mmap", WHAT))?;
-            let collapsed = libc::madvise(
-                window,
-                EXTENT_SIZE,
-                linux_raw_sys::general::MADV_COLLAPSE as libc::c_int,
-            );
-            let errno = last_errno();
-            rustix::mm::munmap(window, EXTENT_SIZE).map_err(SysError::call("munmap", WHAT))?;
-            if collapsed == 0 {
-                Ok(())
-            } else {
-                Err(SysError::Call {
-                    call: "madvise(MADV_COLLAPSE)",
-                    what: WHAT,
-                    errno,
-                })
-            }
-        }
+        Extent::collapse(self.fd.as_fd(), slot)
     }
 
     /// Gives the memory of frames back. Nobody may show them.
@@ -337,6 +274,16 @@ impl Store {
             })
             .collect())
     }
+}
+
+/// Reads frames, a run of consecutive ones at a time.
+fn read_frames(store: &OwnedFd, from: &[Slot], mut into: &mut [u8]) -> Result<(), SysError> {
+    for run in from.chunk_by(|one, next| one.0 + 1 == next.0) {
+        let (frames, rest) = into.split_at_mut(run.len() * PAGE_SIZE);
+        object::read(store, WHAT, frames, offset_of(run[0]))?;
+        into = rest;
+    }
+    Ok(())
 }
 
 /// The client's side: a vetted read-only descriptor of a store.
@@ -454,24 +401,6 @@ mod tests {
         store.hash(Slot(40), 5, &checksummer, &mut hashes).unwrap();
         assert_eq!(hashes, [4, 1, 2, 3, 6].map(|byte| checksummer.page(&[byte; PAGE_SIZE])));
         assert_eq!(store.filled().unwrap(), [(Slot(40), 5), (Slot(700), 6)]);
-    }
-
-    #[test]
-    fn a_whole_extent_is_the_same_huge_or_not() {
-        let (mut store, staging, view, checksummer) = small();
-        for index in 0..EXTENT_PAGES {
-            staging.write_page(index, &[index as u8 | 1; PAGE_SIZE]);
-        }
-        if store.make_huge(Slot(512)).is_ok() {
-            assert_eq!(store.allocated().unwrap(), EXTENT_SIZE as u64);
-        }
-        store.fill(Slot(512), &view, 0, EXTENT_PAGES).unwrap();
-        let mut hashes = Vec::new();
-        store.hash(Slot(512), EXTENT_PAGES, &checksummer, &mut hashes).unwrap();
-        assert_eq!(hashes[7], checksummer.page(&[7; PAGE_SIZE]));
-        assert_eq!(store.allocated().unwrap(), EXTENT_SIZE as u64);
-        store.punch(Slot(512), EXTENT_PAGES).unwrap();
-        assert_eq!(store.allocated().unwrap(), 0);
     }
 
     #[test]
