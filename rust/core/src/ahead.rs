@@ -18,7 +18,7 @@
 //! How long a region of `n` pages waits: with `k` clients ahead at that time, both looks are through after `4 k n` pages of batches and
 //! 100 ms, however large the others are (`2 n` where it is alone). Never looks at a page; relies on `scan.rs` for the walk.
 
-use crate::answer::{Observation, Seen};
+use crate::observe::{Observation, Seen};
 use crate::page::{Mark, WINDOW};
 use crate::region::{ClientId, Region, RegionId};
 use crate::{Core, Queue, scan};

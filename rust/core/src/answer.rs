@@ -1,52 +1,17 @@
-//! What happened: answers to orders, and what each says about pages.
+//! What happened: answers to orders, and what each says about pages (of a Scan: `observe.rs`).
 //!
-//! Per page looked at, as the kernel's `cmp_and_merge_page`: still where it was? changed in this pass? zero? in the stable
-//! tree? waiting to be founded? in the unstable tree? else a candidate. Answers to unknown orders are ignored, for a client may
-//! be gone when its answer is read. Relies on the driver to have read the words after the report arrived; believes only what
-//! core itself proposed.
+//! Answers to unknown orders are ignored, for a client may be gone when its answer is read. Relies on the driver to have read the
+//! words after the report arrived; believes only what core itself proposed.
 
-use crate::ahead::Found;
 use crate::checksum::Checksum;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
+use crate::observe::Seen;
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run, WINDOW};
-use crate::region::{ClientId, Region, RegionId};
-use crate::stable::Search;
-use crate::{Core, tunables};
-use std::time::Duration;
-
-/// A page's state word in core's terms, words of old stores read as their origin would be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Seen {
-    /// Private without any memory: nothing to merge.
-    Unbacked,
-    /// Private, or showing a frame of an old store: mergeable.
-    Own,
-    /// Shows this frame.
-    Merged(Slot),
-    /// All zero, without memory.
-    Zero,
-    /// Own memory inside a mapping of this slot: mergeable.
-    Broken(Slot),
-    /// A private copy over this slot: mergeable.
-    Detached(Slot),
-    /// Out of the protocol on request, inside a mapping of this slot if any.
-    Held(Option<Slot>),
-    /// On its way; the next scan sees where it went.
-    Busy,
-    /// Means nothing here: its region is ending, or the word is damaged.
-    Foreign,
-}
-
-/// What the driver read of one page after a report arrived.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Observation {
-    /// Where the page is.
-    pub seen: Seen,
-    /// Its checksum, and whether that took its value in this pass; `None` if it was not read.
-    pub checksum: Option<(Checksum, bool)>,
-}
+use crate::region::ClientId;
+use crate::table::TOGETHER;
+use crate::{Core, FoundingId};
 
 /// What became of one run of a Map order; bit `i % 64` of word `i / 64` is its `i`th page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,60 +53,8 @@ pub struct Fill {
 }
 
 impl Core {
-    /// The answer to a Scan: one observation per page of the order, in its order. Missing ones are pages not looked at.
-    pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
-        self.now = self.now.max(now);
-        let is_scan = |task: &Task| matches!(task, Task::Scan { .. });
-        let Some((id, Task::Scan { ranges, nodes, again })) = self.close(order, is_scan) else {
-            return;
-        };
-        if again {
-            self.events.again += observations.len() as u64;
-        }
-        let asked: usize = ranges.iter().map(|range| range.pages as usize).sum();
-        if observations.len() < asked {
-            self.unstable.left_gaps();
-        }
-        // Of an order that left before the knob changed, the checksums are others.
-        let comparable = nodes == self.tunables.nodes_count();
-        let epoch = self.raise_epoch(id, epoch);
-        let mut observations = observations.iter();
-        let (now, requested) = (self.now, self.pace.is_requested());
-        let rests = |region: &Region| region.rests(now) && !requested;
-        let mut looked_at: Vec<RegionId> = Vec::new();
-        for &range in &ranges {
-            let region = self.regions.of(range.first).map(|region| (region.range, rests(region)));
-            let mut found = Found::default();
-            for (page, observation) in range.iter().zip(observations.by_ref().take(range.pages as usize)) {
-                if let Some((region, rests)) = region {
-                    found.note(observation);
-                    let checksum = observation.checksum.filter(|_| comparable);
-                    let observation = Observation {
-                        checksum,
-                        ..*observation
-                    };
-                    self.observe(id, region, page, observation, epoch, rests);
-                }
-            }
-            self.events.changed += u64::from(found.changed);
-            if let Some(region) = self.regions.found(range.first, &found)
-                && looked_at.last() != Some(&region)
-            {
-                looked_at.push(region);
-            }
-        }
-        for region in looked_at {
-            self.judge(region);
-        }
-        self.unpin(&Task::Scan { ranges, nodes, again });
-        if self.pace.wake.is_some() {
-            self.pace.wake = Some(self.now + self.pause());
-        }
-        self.refresh(id);
-    }
-
     /// Ends an order of the expected kind; its client may be asked again.
-    fn close(&mut self, order: OrderId, expected: impl Fn(&Task) -> bool) -> Option<(ClientId, Task)> {
+    pub(crate) fn close(&mut self, order: OrderId, expected: impl Fn(&Task) -> bool) -> Option<(ClientId, Task)> {
         if !expected(&self.orders.get(order)?.task) {
             return None;
         }
@@ -164,167 +77,6 @@ impl Core {
             .into_iter()
             .flatten()
             .any(|order| self.orders.is_overdue(order, self.now));
-    }
-
-    fn observe(
-        &mut self,
-        id: ClientId,
-        region: PageRange,
-        page: PageNumber,
-        observation: Observation,
-        epoch: Epoch,
-        rests: bool,
-    ) {
-        self.events.scanned += 1;
-        if observation.seen == Seen::Own
-            && let Some((checksum, false)) = observation.checksum
-            && !rests
-            && self.is_candidate_still(page, checksum.masked())
-        {
-            self.mark(page, Mark::Unshared, true);
-            return;
-        }
-        let was_zero = self.pages.place(page) == Place::Zero;
-        if self.pages.is(page, Mark::Busy) {
-            return;
-        }
-        self.unstable.remove(&mut self.pages, page);
-        if !self.relocate(id, region, page, observation.seen, epoch, true) {
-            return;
-        }
-        self.mark(page, Mark::Unshared, false);
-        // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
-        let counts = !matches!(observation.seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
-        let is_item = counts && self.tunables.run != tunables::run::UNMERGE;
-        if is_item && !was_zero && !self.pages.is(page, Mark::Item) {
-            // It got memory, or was opted in again: the kernel has a new rmap_item for it.
-            let (age, _) = self.pages.age(page);
-            self.pages.set_age(page, age.min(1), 0);
-        }
-        self.mark_item(id, page, is_item);
-        if let Seen::Merged(slot) = observation.seen {
-            if !rests {
-                self.follow(id, page, slot);
-            }
-            return;
-        }
-        if !matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_)) {
-            return;
-        }
-        if let Some((checksum, changed)) = observation.checksum
-            && self.tunables.run != tunables::run::UNMERGE
-            && self.clients.get(&id).is_some_and(|client| client.is_planned())
-            && (!changed || self.pace.is_requested())
-        {
-            if rests {
-                // Who knows whether it has an equal: it would not merge with it.
-                self.mark(page, Mark::Unshared, true);
-            } else {
-                self.place(id, page, checksum.masked());
-            }
-        }
-    }
-
-    /// Brings the page's place in line with what was seen; `false` if that tells nothing or cannot be.
-    fn relocate(
-        &mut self,
-        id: ClientId,
-        region: PageRange,
-        page: PageNumber,
-        seen: Seen,
-        epoch: Epoch,
-        writes_count: bool,
-    ) -> bool {
-        let from = self.pages.place(page);
-        let known = from.slot();
-        let to = match seen {
-            Seen::Busy | Seen::Foreign => return false,
-            Seen::Own | Seen::Unbacked | Seen::Held(None) => Place::Own,
-            Seen::Merged(slot) if from == Place::Merged(slot) => from,
-            // It names no frame, so it need not have been proposed by this core: a client keeps such pages over its brokers.
-            Seen::Zero if matches!(from, Place::Own | Place::Zero) => Place::Zero,
-            Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
-            Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
-                Place::Detached(slot)
-            }
-            _ => {
-                self.events.disbelieved += 1;
-                return false;
-            }
-        };
-        let was_written = matches!(seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_));
-        if writes_count && was_written && matches!(from, Place::Merged(_)) && to != from {
-            self.broke(page);
-        }
-        self.move_page(page, to, region, id, Some(epoch));
-        true
-    }
-
-    /// A merged page was written.
-    fn broke(&mut self, page: PageNumber) {
-        self.events.cow += 1;
-        let now = self.now;
-        let rests = self.regions.of_mut(page).is_some_and(|region| region.broke(now));
-        self.events.rests += u64::from(rests);
-    }
-
-    /// Whether a page of this content needs no memory at all.
-    fn is_zero(&self, checksum: Checksum) -> bool {
-        let nodes = self.tunables.nodes_count();
-        // As in the kernel, the page of zeros is every node's.
-        checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1
-    }
-
-    /// Whether the page, its own and with this content, was a candidate in the pass before and nobody came by who is equal: then it
-    /// is one in this pass.
-    fn is_candidate_still(&mut self, page: PageNumber, checksum: Checksum) -> bool {
-        !self.is_zero(checksum) && self.unstable.confirm(&mut self.pages, page, checksum.tag(), self.pass)
-    }
-
-    /// Finds an equal for a page with this content, or files it as a candidate.
-    fn place(&mut self, id: ClientId, page: PageNumber, checksum: Checksum) {
-        let nodes = self.tunables.nodes_count();
-        if self.is_zero(checksum) {
-            return self.propose(id, page, Slot::ZERO);
-        }
-        if nodes && checksum.node() == Checksum::NO_NODE {
-            return self.mark(page, Mark::Unshared, true);
-        }
-        let most = self.tunables.max_page_sharing;
-        let crowded_out = match self.rmap.stable.search(&self.rmap.frames, checksum, most) {
-            Search::Room(slot) => return self.propose(id, page, slot),
-            Search::Full => true,
-            Search::Absent => false,
-        };
-        if let Some(founding) = self.foundings.find(checksum) {
-            self.pages.mark(page, Mark::Busy, true);
-            return self.foundings.wait(founding, page, most);
-        }
-        let tag = checksum.tag();
-        if let Some(other) = self.unstable.find(&mut self.pages, tag) {
-            self.unstable.remove(&mut self.pages, other);
-            let partner = self.regions.of(other).map(|region| region.client);
-            if partner
-                .and_then(|id| self.clients.get(&id))
-                .is_some_and(|client| client.is_planned())
-            {
-                self.mark(other, Mark::Unshared, false);
-                let founding = self.foundings.begin(checksum, page);
-                for page in [other, page] {
-                    self.pages.mark(page, Mark::Busy, true);
-                    self.foundings.wait(founding, page, most);
-                }
-                if let Some(client) = self.clients.get_mut(&id) {
-                    client.stages.push((page, founding));
-                }
-                return;
-            }
-        }
-        self.unstable.insert(&mut self.pages, page, tag);
-        self.mark(page, Mark::Unshared, true);
-        if crowded_out {
-            self.unstable.crowd_out(&self.pages, tag);
-        }
     }
 
     /// The answer to a Stage: which of its pages were copied. Fill the frames, then tell [`Core::filled`]; nothing to fill
@@ -408,49 +160,74 @@ impl Core {
             return;
         };
         let mut touched: Vec<ClientId> = Vec::new();
-        let checksums = checksums.iter().copied().chain(std::iter::repeat(None));
-        for ((founding, slot), found) in filling.into_iter().zip(checksums) {
-            let expected = self
-                .foundings
-                .is_live(founding)
-                .then(|| self.foundings.checksum(founding));
-            let waiters = if expected.is_some() {
-                self.foundings.end(founding)
-            } else {
-                Vec::new()
-            };
-            self.foundings.forget(founding);
-            let client_of = |core: &Core, page| {
-                let client = core.regions.of(page)?.client;
-                core.clients.get(&client)?.is_planned().then_some(client)
-            };
-            let planned = waiters.iter().filter(|&&page| client_of(self, page).is_some()).count();
-            for &page in &waiters {
-                self.pages.mark(page, Mark::Busy, false);
-            }
-            // A frame for one page saves nothing; a frame of another content was staged from a page that changed.
-            if planned < 2 || !self.is_of(found, expected) {
-                self.rmap.abandon(slot, true);
-                continue;
-            }
-            let checksum = expected.unwrap_or(self.zero);
-            self.rmap.frames.fill(slot, checksum);
-            self.rmap.stable.insert(&mut self.rmap.frames, slot);
-            if waiters.len() as u32 >= self.tunables.max_page_sharing {
-                // Whoever came after them was filed as if there were no frame.
-                self.unstable.crowd_out(&self.pages, checksum.tag());
-            }
-            for page in waiters {
-                if let Some(client) = client_of(self, page) {
-                    self.propose(client, page, slot);
-                    touched.push(client);
-                }
+        let mut waiters = Vec::new();
+        let mut checksums = checksums.iter().copied().chain(std::iter::repeat(None));
+        for filling in filling.chunks(TOGETHER) {
+            self.warm_foundings(filling);
+            for (&(founding, slot), found) in filling.iter().zip(checksums.by_ref()) {
+                self.founded(founding, slot, found, &mut waiters, &mut touched);
             }
         }
         touched.sort_unstable();
         touched.dedup();
         for client in touched {
             self.refresh(client);
+        }
+    }
+
+    /// Begins what the end of each of these foundings looks for.
+    fn warm_foundings(&self, filling: &[(FoundingId, Slot)]) {
+        let live = filling
+            .iter()
+            .filter(|&&(founding, _)| self.foundings.is_live(founding));
+        let touched = live.fold(0, |touched, &(founding, _)| {
+            let checksum = self.foundings.checksum(founding);
+            touched ^ self.foundings.warm(checksum) ^ self.rmap.stable.warm(&self.rmap.frames, checksum)
+        });
+        std::hint::black_box(touched);
+    }
+
+    /// A frame is filled, or could not be: who waited for it is asked to show it, or goes its own way.
+    fn founded(
+        &mut self,
+        founding: FoundingId,
+        slot: Slot,
+        found: Option<Checksum>,
+        waiters: &mut Vec<PageNumber>,
+        touched: &mut Vec<ClientId>,
+    ) {
+        let expected = self
+            .foundings
+            .is_live(founding)
+            .then(|| self.foundings.checksum(founding));
+        waiters.clear();
+        if expected.is_some() {
+            self.foundings.end_into(founding, waiters);
+        }
+        self.foundings.forget(founding);
+        let is_full = waiters.len() as u32 >= self.tunables.max_page_sharing;
+        let first = touched.len();
+        waiters.retain(|&page| {
+            self.pages.mark(page, Mark::Busy, false);
+            let client = self.regions.of(page).map(|region| region.client);
+            let planned = client.filter(|id| self.clients.get(id).is_some_and(|client| client.is_planned()));
+            touched.extend(planned);
+            planned.is_some()
+        });
+        // A frame for one page saves nothing; a frame of another content was staged from a page that changed.
+        if waiters.len() < 2 || !self.is_of(found, expected) {
+            touched.truncate(first);
+            return self.rmap.abandon(slot, true);
+        }
+        let checksum = expected.unwrap_or(self.zero);
+        self.rmap.frames.fill(slot, checksum);
+        self.rmap.stable.insert(&mut self.rmap.frames, slot);
+        if is_full {
+            // Whoever came after them was filed as if there were no frame.
+            self.unstable.crowd_out(&self.pages, checksum.tag());
+        }
+        for (i, &page) in waiters.iter().enumerate() {
+            self.propose(touched[first + i], page, slot);
         }
     }
 

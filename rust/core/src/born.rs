@@ -7,11 +7,11 @@
 //! free, being filled, or about to lose its memory.
 
 use crate::Core;
-use crate::answer::Seen;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::member::CoreError;
 use crate::mutant::{self, Mutant};
+use crate::observe::Seen;
 use crate::page::{PageNumber, PageRange, Place};
 use crate::record::Life;
 use crate::region::{ClientId, Kind, RegionId};

@@ -40,6 +40,16 @@ impl Foundings {
         self.open.find(spread(checksum.tag()), same).map(|&id| FoundingId(id))
     }
 
+    /// Fetches what [`Foundings::find`] will read for this content, as [`crate::table::Table::warm`] does.
+    pub(crate) fn warm(&self, checksum: Checksum) -> u32 {
+        let mut touched = 0;
+        self.open.find(spread(checksum.tag()), |&id| {
+            touched ^= self.all[id as usize].first_waiter;
+            false
+        });
+        touched
+    }
+
     /// Begins one; `stager` is the page to be copied.
     pub(crate) fn begin(&mut self, checksum: Checksum, stager: PageNumber) -> FoundingId {
         let founding = Founding {
@@ -104,11 +114,17 @@ impl Foundings {
 
     /// Ends one and tells who waited.
     pub(crate) fn end(&mut self, id: FoundingId) -> Vec<PageNumber> {
+        let mut pages = Vec::new();
+        self.end_into(id, &mut pages);
+        pages
+    }
+
+    /// The same, in a list that is there.
+    pub(crate) fn end_into(&mut self, id: FoundingId, pages: &mut Vec<PageNumber>) {
         self.close(id);
         let founding = &mut self.all[id.0 as usize];
         founding.live = false;
         let mut cell = founding.first_waiter;
-        let mut pages = Vec::with_capacity(founding.waiters as usize);
         while cell != NONE {
             self.vacant_waiters.push(cell);
             let (page, next) = self.waiters[cell as usize];
@@ -116,7 +132,6 @@ impl Foundings {
             cell = next;
         }
         self.live -= 1;
-        pages
     }
 
     /// Its number may be used again: no order names it any more.

@@ -228,9 +228,13 @@ impl Regions {
     }
 
     fn id_of(&self, page: PageNumber) -> Option<RegionId> {
+        self.holder(page).map(|(id, _)| id)
+    }
+
+    fn holder(&self, page: PageNumber) -> Option<(RegionId, &Region)> {
         let (_, &id) = self.by_first.range(..=page.0).next_back()?;
-        let range = self.all.get(&id)?.range;
-        (page.0 - range.first.0 < range.pages).then_some(id)
+        let region = self.all.get(&id)?;
+        (page.0 - region.range.first.0 < region.range.pages).then_some((id, region))
     }
 
     /// The regions that have not left and end behind a page, in the order of their pages.
@@ -247,7 +251,8 @@ impl Regions {
 
     /// The region that a page belongs to, unless it left.
     pub(crate) fn of(&self, page: PageNumber) -> Option<&Region> {
-        self.get(self.id_of(page)?)
+        let (_, region) = self.holder(page)?;
+        (!region.left).then_some(region)
     }
 
     pub(crate) fn of_mut(&mut self, page: PageNumber) -> Option<&mut Region> {

@@ -56,6 +56,12 @@ impl StableTree {
         Search::Room(dup)
     }
 
+    /// Fetches what a search for this content will read; see [`Table::warm`].
+    pub(crate) fn warm(&self, frames: &Frames, checksum: Checksum) -> u32 {
+        self.listed
+            .warm(spread(checksum.tag()), |slot| frames.get(Slot(slot)).checksum().tag())
+    }
+
     fn listed(&self, frames: &Frames, checksum: Checksum) -> Option<Slot> {
         let same = |&slot: &u32| frames.get(Slot(slot)).checksum() == checksum;
         self.listed.find(spread(checksum.tag()), same).map(Slot)

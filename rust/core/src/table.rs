@@ -10,6 +10,10 @@ use hashbrown::HashTable;
 
 const PARTS: usize = 256;
 
+/// Searches that begin together ([`Table::warm`]): what they fetch is a part of the nearest cache, and more than the processor does at
+/// a time.
+pub(crate) const TOGETHER: usize = 32;
+
 pub(crate) struct Table {
     parts: Box<[HashTable<u32>; PARTS]>,
 }
@@ -47,6 +51,18 @@ fn part(hash: u64) -> usize {
 impl Table {
     pub(crate) fn find(&self, hash: u64, is: impl FnMut(&u32) -> bool) -> Option<u32> {
         self.parts[part(hash)].find(hash, is).copied()
+    }
+
+    /// Fetches where a hash is looked for, and what `touch` reads for the entries there. Lookups depend on nothing but their hash, so
+    /// many of these in a row wait for memory together, where one search after the other waits for each; what it returns is to
+    /// be used for nothing but to keep the compiler from leaving all of it out.
+    pub(crate) fn warm(&self, hash: u64, touch: impl Fn(u32) -> u32) -> u32 {
+        let mut touched = 0;
+        self.parts[part(hash)].find(hash, |&entry| {
+            touched ^= touch(entry);
+            false
+        });
+        touched
     }
 
     pub(crate) fn find_mut(&mut self, hash: u64, is: impl FnMut(&u32) -> bool) -> Option<&mut u32> {

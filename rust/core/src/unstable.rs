@@ -50,6 +50,11 @@ impl UnstableTree {
         None
     }
 
+    /// Fetches what a search for this tag will read; see [`Table::warm`].
+    pub(crate) fn warm(&self, pages: &Pages, tag: u32) -> u32 {
+        self.table.warm(spread(tag), |page| pages.tag(PageNumber(page)))
+    }
+
     /// Whether the page is a candidate in this pass.
     pub(crate) fn has(&self, pages: &Pages, page: PageNumber) -> bool {
         pages.is(page, Mark::Candidate) && self.is_current(pages, page)

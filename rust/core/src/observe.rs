@@ -1,0 +1,308 @@
+//! What was seen of pages: observations, and where each of them leads.
+//!
+//! Per page looked at, as the kernel's `cmp_and_merge_page`: still where it was? changed in this pass? zero? in the stable
+//! tree? waiting to be founded? in the unstable tree? else a candidate. Relies on the driver to have read the words after the report
+//! arrived; believes only what core itself proposed.
+
+use crate::ahead::Found;
+use crate::checksum::Checksum;
+use crate::frame::Slot;
+use crate::limbo::Epoch;
+use crate::order::{OrderId, Task};
+use crate::page::{Mark, PageNumber, PageRange, Place};
+use crate::region::{ClientId, RegionId};
+use crate::stable::Search;
+use crate::table::TOGETHER;
+use crate::{Core, tunables};
+use std::time::Duration;
+
+/// A page's state word in core's terms, words of old stores read as their origin would be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Private without any memory: nothing to merge.
+    Unbacked,
+    /// Private, or showing a frame of an old store: mergeable.
+    Own,
+    /// Shows this frame.
+    Merged(Slot),
+    /// All zero, without memory.
+    Zero,
+    /// Own memory inside a mapping of this slot: mergeable.
+    Broken(Slot),
+    /// A private copy over this slot: mergeable.
+    Detached(Slot),
+    /// Out of the protocol on request, inside a mapping of this slot if any.
+    Held(Option<Slot>),
+    /// On its way; the next scan sees where it went.
+    Busy,
+    /// Means nothing here: its region is ending, or the word is damaged.
+    Foreign,
+}
+
+/// What the driver read of one page after a report arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Observation {
+    /// Where the page is.
+    pub seen: Seen,
+    /// Its checksum, and whether that took its value in this pass; `None` if it was not read.
+    pub checksum: Option<(Checksum, bool)>,
+}
+
+/// What is the same for all pages of a report that belong to one region.
+struct Report {
+    client: ClientId,
+    region: PageRange,
+    epoch: Epoch,
+    /// The region rests, and nobody asked for a merge.
+    rests: bool,
+    /// Equals are looked for.
+    searches: bool,
+    /// Its checksums are of the kind that is in the trees.
+    comparable: bool,
+}
+
+impl Report {
+    /// The content of a page that has memory of its own, all of it, and the same as before.
+    fn same(&self, observation: &Observation) -> Option<Checksum> {
+        let own = observation.seen == Seen::Own && self.comparable;
+        observation
+            .checksum
+            .filter(|&(_, changed)| own && !changed)
+            .map(|(checksum, _)| checksum.masked())
+    }
+
+    /// The content that an equal is looked for of; `even_if_changed` in this pass.
+    fn content(&self, observation: &Observation, even_if_changed: bool) -> Option<Checksum> {
+        let own = matches!(observation.seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_));
+        let searched = own && self.searches && self.comparable;
+        observation
+            .checksum
+            .filter(|&(_, changed)| searched && (!changed || even_if_changed))
+            .map(|(checksum, _)| checksum.masked())
+    }
+}
+
+impl Core {
+    /// The answer to a Scan: one observation per page of the order, in its order. Missing ones are pages not looked at.
+    pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
+        self.now = self.now.max(now);
+        let is_scan = |task: &Task| matches!(task, Task::Scan { .. });
+        let Some((id, Task::Scan { ranges, nodes, again })) = self.close(order, is_scan) else {
+            return;
+        };
+        if again {
+            self.events.again += observations.len() as u64;
+        }
+        let asked: usize = ranges.iter().map(|range| range.pages as usize).sum();
+        if observations.len() < asked {
+            self.unstable.left_gaps();
+        }
+        // Of an order that left before the knob changed, the checksums are others.
+        let comparable = nodes == self.tunables.nodes_count();
+        let epoch = self.raise_epoch(id, epoch);
+        let (now, requested) = (self.now, self.pace.is_requested());
+        let searches = self.tunables.run != tunables::run::UNMERGE
+            && self.clients.get(&id).is_some_and(|client| client.is_planned());
+        let mut rest = &observations[..asked.min(observations.len())];
+        let mut looked_at: Vec<RegionId> = Vec::new();
+        for &range in &ranges {
+            let mine = rest
+                .split_off(..(range.pages as usize).min(rest.len()))
+                .unwrap_or_default();
+            let Some(region) = self.regions.of(range.first) else {
+                continue;
+            };
+            let report = Report {
+                client: id,
+                region: region.range,
+                rests: region.rests(now) && !requested,
+                epoch,
+                searches,
+                comparable,
+            };
+            let mut found = Found::default();
+            mine.iter().for_each(|observation| found.note(observation));
+            for (at, observations) in (0..).step_by(TOGETHER).zip(mine.chunks(TOGETHER)) {
+                self.observe_together(&report, range.first.plus(at), observations);
+            }
+            self.events.changed += u64::from(found.changed);
+            if let Some(region) = self.regions.found(range.first, &found)
+                && looked_at.last() != Some(&region)
+            {
+                looked_at.push(region);
+            }
+        }
+        for region in looked_at {
+            self.judge(region);
+        }
+        self.unpin(&Task::Scan { ranges, nodes, again });
+        if self.pace.wake.is_some() {
+            self.pace.wake = Some(self.now + self.pause());
+        }
+        self.refresh(id);
+    }
+
+    /// What was seen of a few consecutive pages. Those of which nothing is new need no search; the others' searches begin together.
+    fn observe_together(&mut self, report: &Report, first: PageNumber, observations: &[Observation]) {
+        self.events.scanned += observations.len() as u64;
+        let mut unsettled = [false; TOGETHER];
+        let mut touched = 0;
+        for (i, observation) in observations.iter().enumerate() {
+            let page = first.plus(i as u32);
+            unsettled[i] = report.rests || !self.is_candidate_still(page, report.same(observation));
+        }
+        for (observation, _) in observations.iter().zip(unsettled).filter(|&(_, unsettled)| unsettled) {
+            if let Some(checksum) = report.content(observation, self.pace.is_requested()) {
+                touched ^= self.rmap.stable.warm(&self.rmap.frames, checksum)
+                    ^ self.foundings.warm(checksum)
+                    ^ self.unstable.warm(&self.pages, checksum.tag());
+            }
+        }
+        std::hint::black_box(touched);
+        for (i, observation) in observations.iter().enumerate().filter(|&(i, _)| unsettled[i]) {
+            self.observe(report, first.plus(i as u32), observation);
+        }
+    }
+
+    fn observe(&mut self, report: &Report, page: PageNumber, observation: &Observation) {
+        let was_zero = self.pages.place(page) == Place::Zero;
+        if self.pages.is(page, Mark::Busy) {
+            return;
+        }
+        self.unstable.remove(&mut self.pages, page);
+        let (id, seen) = (report.client, observation.seen);
+        if !self.relocate(id, report.region, page, seen, report.epoch, true) {
+            return;
+        }
+        self.mark(page, Mark::Unshared, false);
+        // What is unmerged on request is nobody's business any more, as where the kernel's VM_MERGEABLE is off.
+        let counts = !matches!(seen, Seen::Unbacked | Seen::Zero | Seen::Held(_));
+        let is_item = counts && self.tunables.run != tunables::run::UNMERGE;
+        if is_item && !was_zero && !self.pages.is(page, Mark::Item) {
+            // It got memory, or was opted in again: the kernel has a new rmap_item for it.
+            let (age, _) = self.pages.age(page);
+            self.pages.set_age(page, age.min(1), 0);
+        }
+        self.mark_item(id, page, is_item);
+        if let Seen::Merged(slot) = seen {
+            if !report.rests {
+                self.follow(id, page, slot);
+            }
+        } else if let Some(checksum) = report.content(observation, self.pace.is_requested()) {
+            if report.rests {
+                // Who knows whether it has an equal: it would not merge with it.
+                self.mark(page, Mark::Unshared, true);
+            } else {
+                self.place(id, page, checksum);
+            }
+        }
+    }
+
+    /// Brings the page's place in line with what was seen; `false` if that tells nothing or cannot be.
+    pub(crate) fn relocate(
+        &mut self,
+        id: ClientId,
+        region: PageRange,
+        page: PageNumber,
+        seen: Seen,
+        epoch: Epoch,
+        writes_count: bool,
+    ) -> bool {
+        let from = self.pages.place(page);
+        let known = from.slot();
+        let to = match seen {
+            Seen::Busy | Seen::Foreign => return false,
+            Seen::Own | Seen::Unbacked | Seen::Held(None) => Place::Own,
+            Seen::Merged(slot) if from == Place::Merged(slot) => from,
+            // It names no frame, so it need not have been proposed by this core: a client keeps such pages over its brokers.
+            Seen::Zero if matches!(from, Place::Own | Place::Zero) => Place::Zero,
+            Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
+            Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
+                Place::Detached(slot)
+            }
+            _ => {
+                self.events.disbelieved += 1;
+                return false;
+            }
+        };
+        let was_written = matches!(seen, Seen::Own | Seen::Broken(_) | Seen::Detached(_));
+        if writes_count && was_written && matches!(from, Place::Merged(_)) && to != from {
+            self.broke(page);
+        }
+        self.move_page(page, to, region, id, Some(epoch));
+        true
+    }
+
+    /// A merged page was written.
+    pub(crate) fn broke(&mut self, page: PageNumber) {
+        self.events.cow += 1;
+        let now = self.now;
+        let rests = self.regions.of_mut(page).is_some_and(|region| region.broke(now));
+        self.events.rests += u64::from(rests);
+    }
+
+    /// Whether a page of this content needs no memory at all.
+    fn is_zero(&self, checksum: Checksum) -> bool {
+        let nodes = self.tunables.nodes_count();
+        // As in the kernel, the page of zeros is every node's.
+        checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1
+    }
+
+    /// Whether the page, its own and with this content, was a candidate in the pass before and nobody came by who is equal: then it
+    /// is one in this pass.
+    fn is_candidate_still(&mut self, page: PageNumber, content: Option<Checksum>) -> bool {
+        let is_still = content.is_some_and(|checksum| {
+            !self.is_zero(checksum) && self.unstable.confirm(&mut self.pages, page, checksum.tag(), self.pass)
+        });
+        if is_still {
+            self.mark(page, Mark::Unshared, true);
+        }
+        is_still
+    }
+
+    /// Finds an equal for a page with this content, or files it as a candidate.
+    fn place(&mut self, id: ClientId, page: PageNumber, checksum: Checksum) {
+        let nodes = self.tunables.nodes_count();
+        if self.is_zero(checksum) {
+            return self.propose(id, page, Slot::ZERO);
+        }
+        if nodes && checksum.node() == Checksum::NO_NODE {
+            return self.mark(page, Mark::Unshared, true);
+        }
+        let most = self.tunables.max_page_sharing;
+        let crowded_out = match self.rmap.stable.search(&self.rmap.frames, checksum, most) {
+            Search::Room(slot) => return self.propose(id, page, slot),
+            Search::Full => true,
+            Search::Absent => false,
+        };
+        if let Some(founding) = self.foundings.find(checksum) {
+            self.pages.mark(page, Mark::Busy, true);
+            return self.foundings.wait(founding, page, most);
+        }
+        let tag = checksum.tag();
+        if let Some(other) = self.unstable.find(&mut self.pages, tag) {
+            self.unstable.remove(&mut self.pages, other);
+            let partner = self.regions.of(other).map(|region| region.client);
+            if partner
+                .and_then(|id| self.clients.get(&id))
+                .is_some_and(|client| client.is_planned())
+            {
+                self.mark(other, Mark::Unshared, false);
+                let founding = self.foundings.begin(checksum, page);
+                for page in [other, page] {
+                    self.pages.mark(page, Mark::Busy, true);
+                    self.foundings.wait(founding, page, most);
+                }
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.stages.push((page, founding));
+                }
+                return;
+            }
+        }
+        self.unstable.insert(&mut self.pages, page, tag);
+        self.mark(page, Mark::Unshared, true);
+        if crowded_out {
+            self.unstable.crowd_out(&self.pages, tag);
+        }
+    }
+}
