@@ -7,7 +7,7 @@
 //! Modules in the order in which data travels: `page` and `region` number what clients have, `record`, `frame`, `rmap` and `limbo`
 //! keep the store, `checksum` and `scan` look, `unstable`, `founding` and `stable` find equals, `migrate` moves frames, `ahead`, `plan` and
 //! `pace` (with `idle`, `advisor` and `ceiling`) decide what leaves and when, `order` is what left, `stats` counts. [`Core`]'s methods lie in `decide.rs` (what
-//! next), `answer.rs` (what happened), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
+//! next), `observe.rs` (what was seen of pages), `answer.rs` (what became of orders), `member.rs` (who comes and goes) and `born.rs` (who came by a fork).
 #![forbid(unsafe_code)]
 
 mod advisor;

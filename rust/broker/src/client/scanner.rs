@@ -14,7 +14,8 @@ use ksmrs_sys::staging::Staging;
 use ksmrs_sys::{PAGE_SIZE, StoreNumber, sigmask};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
 
 /// Something for the scanner to do, for the connection of that number.
 pub(super) enum Job {
@@ -40,6 +41,10 @@ pub(super) enum Job {
 /// Pages between two looks at whether the connection still stands; steps end where huge pages do, which is what is tracked by.
 const STEP: u32 = ksmrs_sys::EXTENT_PAGES;
 
+/// How long the staging area keeps its memory after the last page was copied there. The broker has read it long before; from one that has
+/// not, its frames' hashes keep what it reads then.
+const STAGED_FOR: Duration = Duration::from_secs(1);
+
 /// Starts the thread; it ends with its sender. `current` is the number of the connection that counts.
 pub(super) fn start(
     mailbox: Arc<Mailbox>,
@@ -60,7 +65,23 @@ pub(super) fn start(
 fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &AtomicU32) {
     let mut tools: Option<ScanTools> = None;
     let mut stopwatch = Stopwatch::start();
-    for job in jobs {
+    let mut staged: Option<Instant> = None;
+    loop {
+        let job = match staged {
+            None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(at) => jobs.recv_timeout(STAGED_FOR.saturating_sub(at.elapsed())),
+        };
+        if staged.is_some_and(|at| at.elapsed() >= STAGED_FOR) {
+            staged = None;
+            if let Err(error) = staging.discard() {
+                tracing::warn!(%error, "the staging area keeps its memory");
+            }
+        }
+        let job = match job {
+            Ok(job) => job,
+            Err(RecvTimeoutError::Timeout) => continue,
+            Err(RecvTimeoutError::Disconnected) => return,
+        };
         match job {
             Job::Domain(link, checksummer, store) => {
                 let pagemap =
@@ -96,6 +117,7 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
                         .is_some_and(|(region, page)| region.stage(*page, staging, index as u32))
                 });
                 let copied = copied.collect();
+                staged = Some(Instant::now());
                 mailbox.push(Event::Staged(link, order, copied, stopwatch.lap()));
             }
         }
