@@ -1,11 +1,12 @@
 """How soon 90 % of what can be saved is saved, by ksmrs and by kernel KSM with the settings that each comes with, in one run.
 
-    python benches/time_to_savings.py [--mb 64] [--processes 2] [--newcomer 0] [--json]
+    python benches/time_to_savings.py [--mb 64] [--processes 2] [--newcomer 0] [--alone] [--json]
 
 The same data in each process, as in merge_equal.py. The clock runs from the moment that merging begins (run=1, all memory
 opted in) until pages_sharing is nine tenths of the duplicates. Kernel KSM is set to the kernel's defaults, not to what this
-machine is set to. With `--newcomer` one more process is there from the beginning, with so many MiB that nobody else has. CPU
-time is that of the broker and of every process, or of ksmd and every process. Every byte is verified.
+machine is set to. With `--newcomer` one more process is there from the beginning, with so many MiB that nobody else has.
+`--alone` leaves kernel KSM out, which would need the better part of an hour beside 10 GiB. CPU time is that of the broker and
+of every process, or of ksmd and every process. Every byte is verified.
 """
 
 from __future__ import annotations
@@ -84,13 +85,14 @@ def main() -> None:
     parser.add_argument("--mb", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--newcomer", type=int, default=0, metavar="MB")
+    parser.add_argument("--alone", action="store_true", help="ksmrs only")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     nbytes, count = arguments.mb * MIB, arguments.processes
     wanted = int(PART * (nbytes // PAGE) * (count - 1))
     large = arguments.newcomer * MIB
     warm(nbytes * (count + 2) + large)
-    refusal = kernel_ksm.unavailable()
+    refusal = "left out" if arguments.alone else kernel_ksm.unavailable()
     figures = {kind: by_ksmrs(kind, nbytes, count, wanted, large) for kind in ("private", "shared")}
     if refusal is None:
         figures["kernel"] = by_kernel(nbytes, count, wanted, large)
