@@ -272,7 +272,7 @@ fn the_daemon_outlives_its_launcher_and_is_replaced_when_killed() {
                 "--test-threads=1",
             ])
             .env("KSMRS_TEST_DIR", &path)
-            .env("KSMRS_IDLE_SECONDS", "0.3")
+            .env("KSMRS_IDLE_SECONDS", "2")
             .stdout(Stdio::null())
             .status()
             .unwrap();

@@ -213,10 +213,10 @@ fn scene_bridges_under_a_writer() {
     });
 }
 
-/// The scene passes, and fails with the mutant: that needs luck, the more so where the machine is busy, and gets three tries.
+/// The scene passes, and fails with the mutant: that needs luck, the more so where the machine is busy, and gets six tries.
 fn check(scene: &str, failpoints: &str, mutant: &str) {
     assert!(run(scene, failpoints, None).success());
-    let survives = (0..3).all(|_| run(scene, failpoints, Some(mutant)).success());
+    let survives = (0..6).all(|_| run(scene, failpoints, Some(mutant)).success());
     assert!(!survives, "{mutant} survives");
 }
 
