@@ -8,7 +8,7 @@ use crate::wire::Run;
 use ksmrs_sys::sysctl;
 
 /// Map orders between two counts at most: the program's own mappings grow unseen meanwhile.
-const ORDERS: u32 = 32;
+const ORDERS: u32 = 128;
 
 /// What may still be spent, as of the last count.
 #[derive(Default)]
