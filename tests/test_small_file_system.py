@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import ksmrs
-from children import run, wait_for
+from children import Child, run, wait_for
 from test_adopt import CONTENT, PAGES, merge, merged_pages
 from test_shared import OUTSIDER
 
@@ -152,3 +153,91 @@ def test_pages_of_a_dead_client_are_written_back_when_there_is_room(small: Path)
         (small / "junk").unlink()
         assert outsider.communicate(timeout=40)[0] == CONTENT.tobytes()
     assert (small / "b").read_bytes() == CONTENT.tobytes()
+
+
+SCARCE = """
+    import mmap
+    small, room, written, last, stops = {small!r}, {room}, {written}, {last}, {stops}
+    memories = []
+    for name in "ab":
+        with open(small + "/" + name, "r+b") as file:
+            object = os.dup(file.fileno())
+            memories.append(mmap.mmap(file.fileno(), {size}))
+        ksmrs.madvise(memories[-1], ksmrs.MADV_MERGEABLE)
+    wait_for(lambda: ksmrs.merge(5) and ksmrs.process_stats().ksm_merging_pages >= {pages} * 2, "merging", 60)
+    wait_for(lambda: all(os.stat(small + "/" + name).st_blocks == 0 for name in "ab"), "holes")
+    ksmrs.tunables.run = 0
+    memory = memories[1]
+    for page in written:
+        memory[page * 4096] ^= 0xFF
+    if room is None:
+        os.ftruncate(object, 12 * 4096)
+    else:
+        with open(small + "/junk", "ab", buffering=0) as junk:
+            while os.statvfs(small).f_bfree > room:
+                junk.write(bytes(4096))
+    if last is None:
+        try:
+            ksmrs.madvise(memory, ksmrs.MADV_UNMERGEABLE)
+            raise SystemExit("there was room")
+        except (OSError, MemoryError):
+            pass
+    else:
+        memory[last * 4096] ^= 0xFF
+    there = memory[: 12 * 4096] if room is None else memory[:]
+    with open({expected!r}, "wb") as file:
+        file.write(there)
+    if stops:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        assert memory[:] == there, "pages changed while the process was stopped"
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+SCARCITIES = {
+    # Pages of room, pages that are written while there is more of it, the page that is written then.
+    "the first part of a block": (3, (15, 9, 13, 11, 14, 10, 12), 1),
+    "the last page of a block": (1, (0, 1, 2, 3, 4, 5, 6), 15),
+    "pages in order": (3, (0, 1, 2), 3),
+    "opting out": (3, (), None),
+    "an object cut short": (None, (0, 2, 4, 6, 1, 3, 5), 8),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "stops"),
+    [
+        (case, stops)
+        for case, (room, _, _) in SCARCITIES.items()
+        for stops in (False, True)
+        if not (stops and room is None)
+    ],
+)
+def test_what_got_no_room_leaves_no_page_half_made(small: Path, tmp_path: Path, case: str, stops: bool) -> None:
+    """A break takes pages along, there is room for a few of them, and then the process dies or stands still."""
+    room, written, last = SCARCITIES[case]
+    for name in "ab":
+        (small / name).write_bytes(CONTENT.tobytes())
+    program = SCARCE.format(
+        small=str(small),
+        room=room,
+        written=written,
+        last=last,
+        stops=stops,
+        size=CONTENT.size,
+        pages=PAGES,
+        expected=str(tmp_path / "expected"),
+    )
+    with Child(program) as child:
+        stat = Path(f"/proc/{child.pid}/stat")
+        wait_for(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] in "TZ", "the end of what the child does", 60)
+        (small / "junk").unlink(missing_ok=True)
+        opened = subprocess.run(
+            [sys.executable, "-c", OUTSIDER, small / "b"], check=True, stdout=subprocess.PIPE, timeout=60
+        )
+        assert opened.stdout == (tmp_path / "expected").read_bytes()
+        if stops:
+            os.kill(child.pid, signal.SIGCONT)
+        child.end(returncode=0 if stops else -9)
+    assert (small / "a").read_bytes() == CONTENT.tobytes()

@@ -51,6 +51,12 @@ fn a_widened_break_takes_only_what_it_owns() {
 #[test]
 fn a_break_that_bridges_a_page_loses_no_write_to_it() {
     explore(2, bridging_break);
+    explore(2, bridging_break_downwards);
+}
+
+#[test]
+fn a_break_without_room_for_all_it_takes_along_changes_nothing() {
+    explore(1, bridging_break_without_room);
 }
 
 #[test]

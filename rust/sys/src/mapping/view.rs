@@ -275,11 +275,19 @@ impl Memory for View {
         // SAFETY: the home view is ours, mapped writable, and these home pages are holes (or copies nobody looks at) while the
         // caller owns the words. The view shows frames or detached copies that nobody writes meanwhile (all of the pages are
         // read-only), so a plain copy is sound. Populating first turns a full object into an error instead of a SIGBUS.
-        unsafe {
+        let fill = |at: usize, bytes: usize| unsafe {
+            let (home, view) = (home.byte_add(at), view.byte_add(at));
             rustix::mm::madvise(home, bytes, Advice::LinuxPopulateWrite)?;
             ptr::copy_nonoverlapping(view.cast::<u8>().cast_const(), home.cast::<u8>(), bytes);
+            Ok(())
+        };
+        let filled = fill(0, bytes);
+        if filled.is_err() {
+            // Some of them may have memory now. Whoever writes frames back takes a page that is there for the object's own, newer than
+            // its frame: so none is left behind that is not complete.
+            let _ = (0..bytes).step_by(PAGE_SIZE).try_for_each(|at| fill(at, PAGE_SIZE));
         }
-        Ok(())
+        filled
     }
 
     fn map_home(&self, span: Span) -> Result<(), Errno> {

@@ -157,6 +157,7 @@ pub(super) fn break_around<W: Words, M: Memory>(
     let mut claimed = Claimed {
         span: Span::one(page),
         own: 0,
+        written: page,
     };
     claimed.reach_up(words, around.end(), bridge);
     claimed.reach_down(words, around.first, bridge);
@@ -172,6 +173,8 @@ struct Claimed {
     span: Span,
     /// The latter, one bit each, counted from the first page.
     own: u64,
+    /// The page that the break is for.
+    written: Page,
 }
 
 impl Claimed {
@@ -235,7 +238,30 @@ impl Claimed {
         }
     }
 
-    /// The stretches that are to get their memory.
+    /// The stretches that are to get their memory, in the order in which they get it: what was written comes first, for there may not be room
+    /// for all.
+    fn by_need(&self) -> impl Iterator<Item = Span> {
+        let has = |span: &Span| (span.first..span.end()).contains(&self.written);
+        let mine = self.merged().find(has);
+        let halves = mine.map(|span| {
+            let before = self.written.0 - span.first.0;
+            let from = Span {
+                first: self.written,
+                pages: span.pages - before,
+            };
+            [
+                from,
+                Span {
+                    first: span.first,
+                    pages: before,
+                },
+            ]
+        });
+        let others = self.merged().filter(move |span| !has(span));
+        halves.into_iter().flatten().filter(|span| span.pages > 0).chain(others)
+    }
+
+    /// The stretches that are to get their memory, from the first on.
     fn merged(&self) -> impl Iterator<Item = Span> {
         let is_own = |page| self.is_own(page) && !mutant::active(Mutant::BridgeFilled);
         let mut at = self.span.first;
@@ -282,7 +308,7 @@ fn give_home<W: Words, M: Memory>(
     rest: impl Fn(Word) -> Word,
 ) -> Result<(), Errno> {
     failpoint::hit(Failpoint::BreakClaimed);
-    let filled = claimed.merged().try_for_each(|part| memory.fill_home(part));
+    let filled = claimed.by_need().try_for_each(|part| memory.fill_home(part));
     let done = filled.and_then(|()| {
         failpoint::hit(Failpoint::BreakFilled);
         for page in claimed.merged().flat_map(Span::iter) {
@@ -372,7 +398,14 @@ fn release_stretch<W: Words>(words: &W, span: Span, state: State) {
 /// `Ok(0)`: somebody else was at it; look again.
 pub fn break_stretch<W: Words, M: Memory>(words: &W, memory: &M, page: Page) -> Result<u32, Errno> {
     match claim_stretch(words, page) {
-        Some(span) => give_home(words, memory, &Claimed { span, own: 0 }, private_again).map(|()| span.pages),
+        Some(span) => {
+            let claimed = Claimed {
+                span,
+                own: 0,
+                written: page,
+            };
+            give_home(words, memory, &claimed, private_again).map(|()| span.pages)
+        }
         None => Ok(0),
     }
 }

@@ -127,7 +127,7 @@ pub trait Memory {
     /// Gives the pages up for zeros that need no memory: read-only in a shared region, writable in a private one. `plain` says
     /// that every page is private memory of its own, which needs no new mapping.
     fn map_zero(&self, span: Span, plain: bool) -> Result<(), Errno>;
-    /// Shared: makes the home pages complete from what the view shows.
+    /// Shared: makes the home pages complete from what the view shows; where there is not room for all, each that has memory is complete.
     fn fill_home(&self, span: Span) -> Result<(), Errno>;
     /// Shared: puts the home pages over the view, writable.
     fn map_home(&self, span: Span) -> Result<(), Errno>;

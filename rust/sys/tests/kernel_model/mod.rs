@@ -34,6 +34,8 @@ struct Kernel {
     mapped: Vec<Mapping>,
     /// The object's pages, or anonymous memory; `None` is a hole.
     own: Vec<Option<Bytes>>,
+    /// How many holes may still get memory.
+    room: usize,
     frames: Vec<Bytes>,
     /// Whatever would split a mapping fails: the mapping limit is reached.
     at_limit: bool,
@@ -68,6 +70,7 @@ impl World {
                 kind,
                 mapped: vec![Mapping::Own { writable: true }; pages],
                 own: vec![Some(CONTENT); pages],
+                room: usize::MAX,
                 // One more than the pages need, to move to.
                 frames: vec![CONTENT; pages + 1],
                 at_limit,
@@ -443,7 +446,11 @@ impl Memory for World {
         for page in span.iter().map(|page| page.0 as usize) {
             // A copy takes its time.
             let shown = self.kernel.lock().unwrap().shown(page);
-            self.kernel.lock().unwrap().own[page] = Some(shown);
+            let mut kernel = self.kernel.lock().unwrap();
+            if kernel.own[page].is_none() {
+                kernel.room = kernel.room.checked_sub(1).ok_or(Errno::NOSPC)?;
+            }
+            kernel.own[page] = Some(shown);
         }
         Ok(())
     }
@@ -607,6 +614,50 @@ pub fn bridging_break() {
     remapper.join().unwrap();
     assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), [4, 5, CONTENT[0]]);
     assert_eq!([0, 1, 2].map(|page| world.read(page, 1)), [CONTENT[1], 6, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// The same the other way round: the last page is written, and the first one is taken along.
+pub fn bridging_break_downwards() {
+    let world = World::new(Kind::Shared, 3, false);
+    let verdicts = world.merge(3, Slot(0));
+    world.settle(&verdicts, true);
+    break_alone(&world, Page(1));
+    let other = spawn(&world, |world| {
+        world.write(1, 0, 5);
+        world.write(1, 1, 6);
+    });
+    world.write(2, 0, 4);
+    other.join().unwrap();
+    assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), [CONTENT[0], 5, 4]);
+    assert_eq!([0, 1, 2].map(|page| world.read(page, 1)), [CONTENT[1], 6, CONTENT[1]]);
+    world.check_at_rest();
+}
+
+/// There is room for one page, and that is for the one that is written; then there is none for a mapping.
+pub fn bridging_break_without_room() {
+    let world = World::new(Kind::Shared, 5, false);
+    let verdicts = world.merge(5, Slot(0));
+    world.settle(&verdicts, true);
+    break_alone(&world, Page(1));
+    let around = Span {
+        first: Page(0),
+        pages: 4,
+    };
+    let states = |world: &World| [0, 1, 2, 3, 4].map(|page| world.load(Page(page)).state());
+    world.kernel.lock().unwrap().room = 1;
+    let answer = write_fault(&*world, &*world, Page(2), false, around);
+    assert_eq!(answer, Resolution::NoRoom(Errno::NOSPC));
+    let (merged, private) = (State::Merged, State::Private);
+    assert_eq!(states(&world), [merged, private, merged, merged, merged]);
+    world.check_at_rest();
+    break_alone(&world, Page(2));
+    let mut kernel = world.kernel.lock().unwrap();
+    (kernel.room, kernel.at_limit) = (usize::MAX, true);
+    drop(kernel);
+    let answer = write_fault(&*world, &*world, Page(0), false, around);
+    assert_eq!(answer, Resolution::NoRoom(Errno::NOMEM));
+    assert_eq!(states(&world), [merged, private, private, merged, merged]);
     world.check_at_rest();
 }
 
