@@ -202,6 +202,26 @@ def test_large_arrays_of_a_merging_process_are_of_huge_pages_as_numpys_own() -> 
     assert int(run(MEMORY + LARGE, KSMRS_MERGE_PROCESS="1", NUMPY_MADVISE_HUGEPAGE="0")) == 0
 
 
+SMALL_AFTER_LARGE = """
+    large = np.ones({size} << 20, np.uint8)
+    del large
+    # One of 32 MiB or less is kept until nobody came for it for a second.
+    wait_for(lambda: ksmrs.merge(10) and memory("AnonHugePages") < {size} << 19, "the end of what is kept", 60)
+    before = memory("Rss")
+    small = [np.empty(256 << 10, np.uint8) for _ in range(100)]
+    for array in small:
+        array[0] = 1
+    print(memory("Rss") - before >> 10)
+"""
+
+
+@pytest.mark.usefixtures("only_where_asked")
+@pytest.mark.parametrize("size", [40, 24], ids=["given back at once", "kept for a while"])
+def test_small_arrays_where_a_large_one_was_are_of_small_pages(size: int) -> None:
+    """Advice stays with addresses: 100 first bytes took 24 MiB."""
+    assert int(run(MEMORY + SMALL_AFTER_LARGE.format(size=size), KSMRS_MERGE_PROCESS="1")) < 4096
+
+
 LENT = """
     size, step = 32 << 20, {step}
     content = np.random.default_rng(1).integers(1, 256, size, np.uint8)

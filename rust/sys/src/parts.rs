@@ -216,6 +216,11 @@ impl Region {
             .unwrap_or(false)
     }
 
+    /// The same for pages that huge ones were asked for: whoever is lent these addresses next is not to have them, unless it asks.
+    pub(crate) fn replace_pages(&self, span: Span) -> bool {
+        self.open(|_| self.view.refresh(span).is_ok()).unwrap_or(false) || self.discard_pages(span)
+    }
+
     /// Asks for huge pages where whole ones fit into pages that are about to be lent and have no memory.
     pub(crate) fn want_huge_pages(&self, span: Span) {
         self.open(|_| self.view.want_huge(span));

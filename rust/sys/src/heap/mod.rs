@@ -22,6 +22,7 @@ use crate::error::SysError;
 use crate::failpoint::{self, Failpoint};
 use crate::fork;
 use crate::object::PAGE_SIZE;
+use crate::protocol::Span;
 use crate::region::Region;
 use arena::{Arena, Block, Life, span};
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -259,13 +260,23 @@ impl Heap {
             let discarded = self
                 .arenas
                 .get(&place.arena)
-                .is_some_and(|arena| arena.region.discard_pages(span(place.first, pages)));
+                .is_some_and(|arena| discard(&arena.region, span(place.first, pages)));
             if discarded {
                 self.give_back(place, pages);
             } else {
                 self.bins.push(place, pages);
             }
         }
+    }
+}
+
+/// Gives a block's memory back. Advice stays with addresses, so those of a large block are replaced: a small one that begins there later
+/// must not be given 2 MiB at its first byte.
+fn discard(region: &Region, span: Span) -> bool {
+    if span.pages >= HUGE_FROM {
+        region.replace_pages(span)
+    } else {
+        region.discard_pages(span)
     }
 }
 
@@ -360,7 +371,7 @@ pub fn free(address: usize) -> bool {
         Life::Lent => {}
     }
     let place = place(arena, first);
-    let discarded = block.pages > KEEP_BLOCK && arena.region.discard_pages(span);
+    let discarded = block.pages > KEEP_BLOCK && discard(&arena.region, span);
     let mut heap = heap();
     if discarded {
         heap.give_back(place, block.pages);
