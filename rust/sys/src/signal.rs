@@ -12,6 +12,7 @@ use crate::protocol::{
     Access, Kind, Memory, Page, Resolution, Span, Words, break_stretch, dense_block, detach_stretch, write_fault,
 };
 use crate::registry::{self, Area, Found};
+use crate::word::State;
 use crate::{ballast, futex, gate, sigmask};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -186,7 +187,7 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut c_
     let write = unsafe { is_write(context) };
     let served = match registry::find(address) {
         Some(found) if write => serve(&found, address, thread),
-        Some(_) => false,
+        Some(found) => waited(&found, address, thread),
         None => registry::changed_since_last_look(thread),
     };
     if served {
@@ -199,6 +200,22 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut c_
         return die(false);
     }
     chain(signal, info, context, thread, false);
+}
+
+/// Answers any other fault inside a region: at the mapping limit the kernel may unmap a page that somebody maps anew, and say only then
+/// that it cannot go on (`insist`), so whoever reads it waits until nobody owns it any more. False if it comes back all the same.
+fn waited(found: &Found, address: usize, thread: u32) -> bool {
+    let area = &found.area;
+    let Some(page) = area.view.page_at(address).filter(|_| fork::era() == Some(area.era)) else {
+        return false;
+    };
+    let word = area.words.load(page);
+    if word.is_owned() {
+        area.words.wait(page, word);
+        return true;
+    }
+    let last = &LAST[thread as usize % LAST.len()];
+    last.count(thread, area.view.page(page) as usize, word.0) < NOT_OURS_AFTER
 }
 
 /// Answers a write fault inside a region; false if it is none of ours.
@@ -267,20 +284,44 @@ pub(crate) fn make_room(area: &Area, page: Page) -> Result<u32, Errno> {
         // Only a thaw can have failed, of pages that the remapper will thaw together, or others' mappings make room for.
         return Err(Errno::NOMEM);
     }
-    if let Ok(pages) = break_stretch(&area.words, &area.view, page) {
-        BREAKS.fetch_add(u64::from(pages), Ordering::Relaxed);
-        return Ok(0);
-    }
+    // One at a time, and the others keep still meanwhile: each needs all pages of its mapping, and while several claim them, page by
+    // page, each finds some that another has, for ever.
     let thread = gate::thread_id();
     if let Err(other) = EMERGENCY.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
         futex::wait(&EMERGENCY, other, Some(Duration::from_millis(1)));
         return Ok(0);
     }
-    let done = detach_stretch(&area.words, &area.view, page);
+    let done = break_or_detach(area, page);
     EMERGENCY.store(0, Ordering::SeqCst);
     futex::wake_all(&EMERGENCY);
-    DETACHED.fetch_add(u64::from(*done.as_ref().unwrap_or(&0)), Ordering::Relaxed);
     done
+}
+
+/// Tries it as long as those who own a page of the mapping may need to be done with it; EAGAIN then.
+fn break_or_detach(area: &Area, page: Page) -> Result<u32, Errno> {
+    const TRIES: u32 = 20;
+    for _ in 0..TRIES {
+        match break_stretch(&area.words, &area.view, page) {
+            Ok(0) => {}
+            Ok(pages) => {
+                BREAKS.fetch_add(u64::from(pages), Ordering::Relaxed);
+                return Ok(0);
+            }
+            Err(_) => match detach_stretch(&area.words, &area.view, page)? {
+                0 => {}
+                pages => {
+                    DETACHED.fetch_add(u64::from(pages), Ordering::Relaxed);
+                    return Ok(pages);
+                }
+            },
+        }
+        if !matches!(area.words.load(page).state(), State::Merged | State::Zero) {
+            // Whoever had it is at it, or saw to it.
+            return Ok(0);
+        }
+        pause(50_000);
+    }
+    Err(Errno::AGAIN)
 }
 
 /// In a child that is not registered: no word is ours, and all that a write needs is a writable mapping, which the kernel copies.
@@ -303,9 +344,13 @@ fn in_unregistered_child(area: &Area, page: Page, last: &Last, thread: u32) -> b
 }
 
 pub(crate) fn nap() {
+    pause(1_000_000);
+}
+
+fn pause(nanoseconds: i64) {
     let time = rustix::thread::Timespec {
         tv_sec: 0,
-        tv_nsec: 1_000_000,
+        tv_nsec: nanoseconds,
     };
     let _ = rustix::thread::nanosleep(&time);
 }
