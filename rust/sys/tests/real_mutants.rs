@@ -213,6 +213,30 @@ fn scene_bridges_under_a_writer() {
     });
 }
 
+/// As at the mapping limit: the kernel unmapped a page that breaks, and somebody reads it before it is mapped anew.
+#[test]
+#[ignore = "run in a process of its own by the tests below"]
+fn scene_reads_a_hole() {
+    let stage = Stage::of(Kind::Shared, 3, 3, 3);
+    let merged = stage.merge_all(&mut RemapTools::new().unwrap());
+    assert_eq!(merged, [Verdict::Merged; 3]);
+    std::thread::scope(|threads| {
+        threads.spawn(|| stage.write(PAGE_SIZE, 4));
+        while stage.region.page_states()[1] == State::Merged {
+            std::hint::spin_loop();
+        }
+        // The break has copied the page, and pauses before it maps it.
+        std::thread::sleep(PAUSE / 2);
+        // SAFETY: a page of the region that another thread is about to map anew; whoever reads it waits for that.
+        assert_eq!(unsafe { libc::munmap(stage.byte(PAGE_SIZE).cast(), PAGE_SIZE) }, 0);
+        let began = Instant::now();
+        assert_eq!(stage.read(PAGE_SIZE + 1), 3);
+        assert!(began.elapsed() > PAUSE / 10, "the page was there");
+    });
+    assert_eq!([0, 1, 2].map(|page| stage.read(page * PAGE_SIZE)), [3, 4, 3]);
+    assert_eq!(stage.region.page_states()[1], State::Private);
+}
+
 /// The scene passes, and fails with the mutant: that needs luck, the more so where the machine is busy, and gets six tries.
 fn check(scene: &str, failpoints: &str, mutant: &str) {
     assert!(run(scene, failpoints, None).success());
@@ -239,6 +263,12 @@ fn run(scene: &str, failpoints: &str, mutant: Option<&str>) -> ExitStatus {
 fn a_page_left_read_only_is_noticed() {
     let failpoints = "fault-arrived=delay:300;merge-freezing=delay:300";
     check("scene_slow_handler", failpoints, "no-freezing");
+}
+
+#[test]
+fn who_reads_what_is_being_mapped_waits() {
+    let failpoints = format!("break-filled=delay:{}", PAUSE.as_micros());
+    assert!(run("scene_reads_a_hole", &failpoints, None).success());
 }
 
 #[test]
