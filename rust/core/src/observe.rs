@@ -256,8 +256,16 @@ impl Core {
         });
         if is_still {
             self.mark(page, Mark::Unshared, true);
+            debug_assert!(!content.is_some_and(|checksum| self.has_an_equal(checksum)), "{page:?}");
         }
         is_still
+    }
+
+    /// Whether a page of this content would not become a candidate.
+    fn has_an_equal(&mut self, checksum: Checksum) -> bool {
+        let most = self.tunables.max_page_sharing;
+        let found = self.rmap.stable.search(&self.rmap.frames, checksum, most);
+        matches!(found, Search::Room(_)) || self.foundings.find(checksum).is_some()
     }
 
     /// Finds an equal for a page with this content, or files it as a candidate.

@@ -65,6 +65,37 @@ fn a_background_merge_takes_two_passes() {
 }
 
 #[test]
+fn pages_that_sat_out_are_candidates_again_when_they_are_looked_at() {
+    let (mut world, _) = clients(1, WINDOW, |_, i| 10 + i);
+    let (mut scanned, mut looks) = (0, String::new());
+    for passes in 0..24 {
+        while world.core.stats().full_scans == passes {
+            world.settle();
+            world.now += Duration::from_millis(20);
+        }
+        let stats = world.core.stats();
+        let looked_at = stats.pages_scanned - scanned;
+        scanned = stats.pages_scanned;
+        assert!(looked_at == 0 || looked_at == u64::from(WINDOW));
+        let unshared = if passes == 0 { 0 } else { looked_at };
+        assert_eq!(stats.pages_unshared, unshared, "pass {passes} looked at {looked_at}");
+        looks.push(if looked_at == 0 { '.' } else { 'x' });
+    }
+    assert!(looks.contains("x.x..x....x"), "{looks}");
+    // Whoever comes now finds them.
+    let other = world.join_client(false);
+    world.join_region(other, Kind::Private, WINDOW, 0, |i| 10 + i);
+    let passes = world.core.stats().full_scans;
+    while world.core.stats().pages_sharing < u64::from(WINDOW) {
+        assert!(world.core.stats().full_scans < passes + 12, "{:?}", world.core.stats());
+        world.settle();
+        world.now += Duration::from_millis(20);
+    }
+    world.check_counts();
+    world.check_reads();
+}
+
+#[test]
 fn pages_that_are_opted_in_again_are_looked_at_as_new_ones() {
     let (mut world, ids) = clients(2, WINDOW, |_, i| 10 + i);
     for id in &ids {
