@@ -18,7 +18,7 @@ use crate::stats::in_tree;
 use crate::table::Table;
 use std::collections::BTreeSet;
 
-/// In how many passes a window is searched for once, whatever can be confirmed.
+/// In how many looks (most passes, without smart scan) a window is searched for once, whatever can be confirmed.
 const SEARCHED_ANYWAY: u32 = 64;
 
 #[derive(Default)]
