@@ -118,6 +118,11 @@ def wait_for(condition: Callable[[], bool], what: str = "the condition", seconds
         time.sleep(0.005)
 
 
+def state_of(pid: int) -> str:
+    """A process's state as the kernel's letter: `T` stopped, `Z` ended and not waited for."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def merged(*regions: object) -> int:
     """Pages that have no memory of their own now."""
     return sum(

@@ -6,12 +6,11 @@ import os
 import signal
 import textwrap
 import time
-from pathlib import Path
 
 import pytest
 
 import ksmrs
-from children import Child, run, wait_for
+from children import Child, run, state_of, wait_for
 
 MERGED = """
 regions, contents = equal_regions(256, {shared})
@@ -202,7 +201,7 @@ for line in sys.stdin:
         for turn in range(10):
             stopped.tell(str(turn))
             os.kill(stopped.pid, signal.SIGSTOP)
-            wait_for(lambda: " T " in Path(f"/proc/{stopped.pid}/stat").read_text().rpartition(")")[2], "the stop")
+            wait_for(lambda: state_of(stopped.pid) == "T", "the stop")
             running.tell(str(turn + 1))
             assert running.line() == "True"
             os.kill(stopped.pid, signal.SIGCONT)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import ksmrs
-from children import Child, run, wait_for
+from children import Child, run, state_of, wait_for
 from test_adopt import CONTENT, PAGES, merge, merged_pages
 from test_shared import OUTSIDER
 
@@ -230,8 +230,7 @@ def test_what_got_no_room_leaves_no_page_half_made(small: Path, tmp_path: Path, 
         expected=str(tmp_path / "expected"),
     )
     with Child(program) as child:
-        stat = Path(f"/proc/{child.pid}/stat")
-        wait_for(lambda: stat.read_text().rsplit(")", 1)[1].split()[0] in "TZ", "the end of what the child does", 60)
+        wait_for(lambda: state_of(child.pid) in "TZ", "the end of what the child does", 60)
         (small / "junk").unlink(missing_ok=True)
         opened = subprocess.run(
             [sys.executable, "-c", OUTSIDER, small / "b"], check=True, stdout=subprocess.PIPE, timeout=60

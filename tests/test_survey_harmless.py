@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ksmrs
-from children import Child, wait_for
+from children import Child, state_of, wait_for
 from ksmrs import _doctor, _survey
 from surveyed import HOLDS, LEAST, MIB, PAGE, holding, look
 
@@ -30,7 +30,7 @@ def smaps(pid: int) -> dict[str, int]:
 
 
 def states(*pids: int) -> list[str]:
-    return [Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for pid in pids]
+    return [state_of(pid) for pid in pids]
 
 
 def pagemap(pid: int, address: int, pages: int) -> np.ndarray[Any, np.dtype[np.uint64]]:

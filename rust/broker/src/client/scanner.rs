@@ -66,22 +66,7 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
     let mut tools: Option<ScanTools> = None;
     let mut stopwatch = Stopwatch::start();
     let mut staged: Option<Instant> = None;
-    loop {
-        let job = match staged {
-            None => jobs.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            Some(at) => jobs.recv_timeout(STAGED_FOR.saturating_sub(at.elapsed())),
-        };
-        if staged.is_some_and(|at| at.elapsed() >= STAGED_FOR) {
-            staged = None;
-            if let Err(error) = staging.discard() {
-                tracing::warn!(%error, "the staging area keeps its memory");
-            }
-        }
-        let job = match job {
-            Ok(job) => job,
-            Err(RecvTimeoutError::Timeout) => continue,
-            Err(RecvTimeoutError::Disconnected) => return,
-        };
+    while let Some(job) = next_job(jobs, staging, &mut staged) {
         match job {
             Job::Domain(link, checksummer, store) => {
                 let pagemap =
@@ -122,6 +107,25 @@ fn run(jobs: &Receiver<Job>, mailbox: &Mailbox, staging: &Staging, current: &Ato
             }
         }
     }
+}
+
+/// The next job; meanwhile, and before it begins, the staging area's memory goes back if it is time. `None`: nobody sends any more.
+fn next_job(jobs: &Receiver<Job>, staging: &Staging, staged: &mut Option<Instant>) -> Option<Job> {
+    while let Some(at) = *staged {
+        let left = STAGED_FOR.saturating_sub(at.elapsed());
+        if left.is_zero() {
+            *staged = None;
+            if let Err(error) = staging.discard() {
+                tracing::warn!(%error, "the staging area keeps its memory");
+            }
+            break;
+        }
+        match jobs.recv_timeout(left) {
+            Err(RecvTimeoutError::Timeout) => {}
+            answer => return answer.ok(),
+        }
+    }
+    jobs.recv().ok()
 }
 
 fn scan(

@@ -597,14 +597,8 @@ pub fn widened_break() {
 
 /// Three pages of which the middle one has its own memory and is written, while a break of the first takes the last along.
 pub fn bridging_break() {
-    let world = World::new(Kind::Shared, 3, false);
-    let verdicts = world.merge(3, Slot(0));
-    world.settle(&verdicts, true);
-    break_alone(&world, Page(1));
-    let other = spawn(&world, |world| {
-        world.write(1, 0, 5);
-        world.write(1, 1, 6);
-    });
+    let world = all_but_one_merged(3);
+    let other = spawn(&world, write_the_second);
     let remapper = spawn(&world, |world| {
         let verdicts = world.merge(2, Slot(0));
         world.settle(&verdicts, true);
@@ -612,34 +606,41 @@ pub fn bridging_break() {
     world.write(0, 0, 4);
     other.join().unwrap();
     remapper.join().unwrap();
-    assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), [4, 5, CONTENT[0]]);
-    assert_eq!([0, 1, 2].map(|page| world.read(page, 1)), [CONTENT[1], 6, CONTENT[1]]);
-    world.check_at_rest();
+    check_around_the_second(&world, [4, 5, CONTENT[0]]);
 }
 
 /// The same the other way round: the last page is written, and the first one is taken along.
 pub fn bridging_break_downwards() {
-    let world = World::new(Kind::Shared, 3, false);
-    let verdicts = world.merge(3, Slot(0));
-    world.settle(&verdicts, true);
-    break_alone(&world, Page(1));
-    let other = spawn(&world, |world| {
-        world.write(1, 0, 5);
-        world.write(1, 1, 6);
-    });
+    let world = all_but_one_merged(3);
+    let other = spawn(&world, write_the_second);
     world.write(2, 0, 4);
     other.join().unwrap();
-    assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), [CONTENT[0], 5, 4]);
+    check_around_the_second(&world, [CONTENT[0], 5, 4]);
+}
+
+/// A world whose second page alone has its own memory.
+fn all_but_one_merged(pages: usize) -> Arc<World> {
+    let world = World::new(Kind::Shared, pages, false);
+    let verdicts = world.merge(pages as u32, Slot(0));
+    world.settle(&verdicts, true);
+    break_alone(&world, Page(1));
+    world
+}
+
+fn write_the_second(world: &World) {
+    world.write(1, 0, 5);
+    world.write(1, 1, 6);
+}
+
+fn check_around_the_second(world: &World, first_cells: [u8; 3]) {
+    assert_eq!([0, 1, 2].map(|page| world.read(page, 0)), first_cells);
     assert_eq!([0, 1, 2].map(|page| world.read(page, 1)), [CONTENT[1], 6, CONTENT[1]]);
     world.check_at_rest();
 }
 
 /// There is room for one page, and that is for the one that is written; then there is none for a mapping.
 pub fn bridging_break_without_room() {
-    let world = World::new(Kind::Shared, 5, false);
-    let verdicts = world.merge(5, Slot(0));
-    world.settle(&verdicts, true);
-    break_alone(&world, Page(1));
+    let world = all_but_one_merged(5);
     let around = Span {
         first: Page(0),
         pages: 4,
