@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use ksmrs_core::{Checksum, Observation, OrderId, RunFailure, Seen, Slot};
+use ksmrs_core::{Checksum, Epoch, Observation, Observations, OrderId, RunFailure, Seen, Slot};
 use ksmrs_sys::checksum::ChecksumWord;
 use ksmrs_sys::failpoint::{self, Failpoint};
 use ksmrs_sys::{EXTENT_PAGES, State, StoreNumber, Word};
@@ -38,18 +38,59 @@ fn seen(word: Word, store: StoreNumber, has_checksum: bool) -> Seen {
     }
 }
 
+/// The words of an order's pages, read when core asks for them.
+struct Scanned<'a> {
+    session: &'a Session,
+    pass: u16,
+    /// How many pages come before each part, the part, and whether its words still are its region's.
+    parts: Vec<(usize, Part, bool)>,
+    pages: usize,
+}
+
+impl Scanned<'_> {
+    /// The word of a page, and how many of the same part follow it; `None` where it is its region's no more.
+    fn word(&self, page: usize) -> Option<(u32, usize)> {
+        let part = self
+            .parts
+            .partition_point(|(before, ..)| *before <= page)
+            .checked_sub(1)?;
+        let (before, part, there) = &self.parts[part];
+        let offset = page - before;
+        let left = (part.pages as usize).checked_sub(offset)?;
+        there.then_some((part.first_word + offset as u32, left))
+    }
+}
+
+impl Observations for Scanned<'_> {
+    fn pages(&self) -> usize {
+        self.pages
+    }
+
+    fn of(&self, page: usize) -> Observation {
+        self.word(page).map_or(Observation::NONE, |(word, _)| {
+            observe(self.session, word, Some(self.pass))
+        })
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.session.epoch()
+    }
+
+    fn unchanged(&self, first: usize, checksums: &mut [Checksum]) -> bool {
+        let (Some((word, left)), Some(table)) = (self.word(first), &self.session.table) else {
+            return false;
+        };
+        checksums.len() <= left
+            && table.unchanged(word, self.pass, checksums.iter_mut().map(|checksum| &mut checksum.0))
+    }
+}
+
 fn observe(session: &Session, word: u32, pass: Option<u16>) -> Observation {
     let Some(table) = &session.table else {
-        return Observation {
-            seen: Seen::Foreign,
-            checksum: None,
-        };
+        return Observation::NONE;
     };
     let (Some(state), Some(checksum)) = (table.word(word), table.checksum(word)) else {
-        return Observation {
-            seen: Seen::Foreign,
-            checksum: None,
-        };
+        return Observation::NONE;
     };
     let known = checksum.checksum48();
     let checksum = known.map(|value| (Checksum(value), pass == Some(ChecksumWord::pass16(checksum))));
@@ -79,21 +120,17 @@ impl Domain {
         let Task::Scan { pass, parts } = self.take_order("Scanned", order, session.id, is_scan)? else {
             return Ok(());
         };
-        let mut observations = Vec::with_capacity(parts.iter().map(|part| part.pages as usize).sum());
-        for part in &parts {
-            let there = self.is_there(part, session);
-            observations.extend((0..part.pages).map(|index| {
-                if there {
-                    observe(session, part.first_word + index, Some(pass))
-                } else {
-                    Observation {
-                        seen: Seen::Foreign,
-                        checksum: None,
-                    }
-                }
-            }));
+        let mut scanned = Scanned {
+            session,
+            pass,
+            parts: Vec::with_capacity(parts.len()),
+            pages: 0,
+        };
+        for part in parts {
+            scanned.parts.push((scanned.pages, part, self.is_there(&part, session)));
+            scanned.pages += part.pages as usize;
         }
-        self.core.scanned(OrderId(order), session.epoch(), &observations, now);
+        self.core.scanned(OrderId(order), &scanned, now);
         Ok(())
     }
 

@@ -82,7 +82,7 @@ fn scan(bencher: Bencher<'_, '_>, content: Content) {
             (core, order, observations, clients.now)
         })
         .bench_local_values(|(mut core, order, observations, now)| {
-            core.scanned(order, Default::default(), &observations, now);
+            core.scanned(order, &(Default::default(), &observations[..]), now);
             core
         });
 }

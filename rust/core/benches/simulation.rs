@@ -203,7 +203,7 @@ impl Simulation {
                 self.regions[client.0 as usize].looked_at += observations.len() as u32;
                 self.now += self.look * observations.len() as u32;
                 let now = self.now;
-                self.timed(|core| core.scanned(order, Epoch(1), &observations, now));
+                self.timed(|core| core.scanned(order, &(Epoch(1), &observations[..]), now));
             }
             Decision::Stage { order, pages, .. } => {
                 let fills = self.timed(|core| core.staged(order, &|_| true));

@@ -231,14 +231,16 @@ impl Core {
                 Some((done, _)) => {
                     let (pages, unstable) = (&self.pages, &self.unstable);
                     let merged = |page| matches!(pages.place(page), crate::Place::Merged(_) | crate::Place::Zero);
-                    chosen.walk(range, done, |page| {
-                        !pages.is(page, Mark::Busy) && !unstable.has(pages, page) && !merged(page)
+                    chosen.walk(range, done, |page, _| {
+                        u32::from(!pages.is(page, Mark::Busy) && !unstable.has(pages, page) && !merged(page))
                     })
                 }
                 None => {
                     let (pages, unstable, events) = (&mut self.pages, &mut self.unstable, &mut self.events);
-                    chosen.walk(range, region.look.in_pass(choice.pass), |page| {
-                        scan::is_looked_at(pages, page, choice, |pages, page| events.skip(pages, unstable, page))
+                    chosen.walk(range, region.look.in_pass(choice.pass), |page, most| {
+                        scan::looked_at(pages, page, most, choice, |pages, page| {
+                            events.skip(pages, unstable, page)
+                        })
                     })
                 }
             };

@@ -38,6 +38,8 @@ pub(crate) struct Client {
     pub unmapped: bool,
     /// Nothing could be unmapped: the next sweep waits a little.
     pub rests: bool,
+    /// The last answer to a Scan said nothing new.
+    pub settled: bool,
     pub scanner: Option<OrderId>,
     pub remapper: Option<OrderId>,
     /// Owes an answer for too long.

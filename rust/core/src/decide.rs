@@ -6,7 +6,7 @@
 
 use crate::ahead::EXTRA;
 use crate::founding::FoundingId;
-use crate::order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_SCAN_PAGES, MAX_STAGE_PAGES, Task, Why};
+use crate::order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_STAGE_PAGES, MAX_STEP_PAGES, Task, Why};
 use crate::page::{Mark, PageNumber, PageRange, Place, Run};
 use crate::region::ClientId;
 use crate::tunables::run;
@@ -129,7 +129,7 @@ impl Core {
         };
         let region_of = |page| self.regions.of(page).map_or(nowhere, |region| region.range);
         let most = if self.has_ceilings() {
-            MAX_SCAN_PAGES
+            MAX_STEP_PAGES
         } else {
             MAX_MAP_PAGES
         };
@@ -221,7 +221,7 @@ impl Core {
             .get(client.unmap.region)
             .and_then(|&id| self.regions.get(id))
         {
-            while client.unmap.pages < region.range.pages && chosen < MAX_SCAN_PAGES && ranges.len() < MAX_RANGES {
+            while client.unmap.pages < region.range.pages && chosen < MAX_STEP_PAGES && ranges.len() < MAX_RANGES {
                 let page = region.range.first.plus(client.unmap.pages);
                 client.unmap.pages += 1;
                 let shows = matches!(

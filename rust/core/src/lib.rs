@@ -49,8 +49,10 @@ pub use decide::Next;
 pub use frame::Slot;
 pub use limbo::Epoch;
 pub use member::CoreError;
-pub use observe::{Observation, Seen};
-pub use order::{Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_RUNS, MAX_SCAN_PAGES, MAX_STAGE_PAGES, OrderId, Why};
+pub use observe::{Observation, Observations, Seen};
+pub use order::{
+    Decision, MAX_MAP_PAGES, MAX_RANGES, MAX_RUNS, MAX_SCAN_PAGES, MAX_STAGE_PAGES, MAX_STEP_PAGES, OrderId, Why,
+};
 pub use pace::{MergeReport, MergeTicket};
 pub use page::{PageNumber, PageRange, Run, WINDOW};
 pub use page_map::{Class, Stretch};

@@ -1,5 +1,8 @@
 //! What was seen of pages: observations, and where each of them leads.
 //!
+//! Pages that nobody wrote since they became candidates are asked for a few dozen at a time and confirmed together, by a comparison of
+//! their tags with those of their records; only where that does not hold is each of them looked at.
+//!
 //! Per page looked at, as the kernel's `cmp_and_merge_page`: still where it was? changed in this pass? zero? in the stable
 //! tree? waiting to be founded? in the unstable tree? else a candidate. Relies on the driver to have read the words after the report
 //! arrived; believes only what core itself proposed.
@@ -48,11 +51,57 @@ pub struct Observation {
     pub checksum: Option<(Checksum, bool)>,
 }
 
+impl Observation {
+    /// Of a page that tells nothing.
+    pub const NONE: Observation = Observation {
+        seen: Seen::Foreign,
+        checksum: None,
+    };
+}
+
+/// What the driver can read of an order's pages after its report arrived. Pages are numbered as the order has them.
+pub trait Observations {
+    /// How many there are; the order's others were not looked at.
+    fn pages(&self) -> usize;
+
+    /// What was seen of one.
+    fn of(&self, page: usize) -> Observation;
+
+    /// Tells the checksums of consecutive pages if each of them is [`Seen::Own`] and has one that did not change in this pass; else what is
+    /// written there means nothing.
+    fn unchanged(&self, first: usize, checksums: &mut [Checksum]) -> bool;
+
+    /// The client's epoch, read after all that was told so far: what the pages gave up before was given up in this epoch or an earlier one.
+    fn epoch(&self) -> Epoch;
+}
+
+/// What was read beforehand, and then the epoch.
+impl Observations for (Epoch, &[Observation]) {
+    fn pages(&self) -> usize {
+        self.1.len()
+    }
+
+    fn of(&self, page: usize) -> Observation {
+        self.1[page]
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.0
+    }
+
+    fn unchanged(&self, first: usize, checksums: &mut [Checksum]) -> bool {
+        checksums.iter_mut().zip(&self.1[first..]).all(|(known, observation)| {
+            let (checksum, changed) = observation.checksum.unwrap_or((Checksum(0), true));
+            *known = checksum;
+            observation.seen == Seen::Own && !changed
+        })
+    }
+}
+
 /// What is the same for all pages of a report that belong to one region.
 struct Report {
     client: ClientId,
     region: PageRange,
-    epoch: Epoch,
     /// The region rests, and nobody asked for a merge.
     rests: bool,
     /// Equals are looked for.
@@ -83,32 +132,33 @@ impl Report {
 }
 
 impl Core {
-    /// The answer to a Scan: one observation per page of the order, in its order. Missing ones are pages not looked at.
-    pub fn scanned(&mut self, order: OrderId, epoch: Epoch, observations: &[Observation], now: Duration) {
+    /// The answer to a Scan.
+    pub fn scanned(&mut self, order: OrderId, observations: &impl Observations, now: Duration) {
         self.now = self.now.max(now);
         let is_scan = |task: &Task| matches!(task, Task::Scan { .. });
         let Some((id, Task::Scan { ranges, nodes, again })) = self.close(order, is_scan) else {
             return;
         };
-        if again {
-            self.events.again += observations.len() as u64;
-        }
         let asked: usize = ranges.iter().map(|range| range.pages as usize).sum();
-        if observations.len() < asked {
+        let seen = observations.pages().min(asked);
+        if again {
+            self.events.again += seen as u64;
+        }
+        if seen < asked {
             self.unstable.left_gaps();
         }
         // Of an order that left before the knob changed, the checksums are others.
         let comparable = nodes == self.tunables.nodes_count();
-        let epoch = self.raise_epoch(id, epoch);
         let (now, requested) = (self.now, self.pace.is_requested());
         let searches = self.tunables.run != tunables::run::UNMERGE
             && self.clients.get(&id).is_some_and(|client| client.is_planned());
-        let mut rest = &observations[..asked.min(observations.len())];
         let mut looked_at: Vec<RegionId> = Vec::new();
+        let mut settled = true;
+        let mut each = [Observation::NONE; TOGETHER];
+        let mut end = 0;
         for &range in &ranges {
-            let mine = rest
-                .split_off(..(range.pages as usize).min(rest.len()))
-                .unwrap_or_default();
+            let begin = end;
+            end += range.pages as usize;
             let Some(region) = self.regions.of(range.first) else {
                 continue;
             };
@@ -116,16 +166,28 @@ impl Core {
                 client: id,
                 region: region.range,
                 rests: region.rests(now) && !requested,
-                epoch,
                 searches,
                 comparable,
             };
             let mut found = Found::default();
-            mine.iter().for_each(|observation| found.note(observation));
-            for (at, observations) in (0..).step_by(TOGETHER).zip(mine.chunks(TOGETHER)) {
-                self.observe_together(&report, range.first.plus(at), observations);
+            let mut at = begin;
+            while at < end.min(seen) {
+                let page = range.first.plus((at - begin) as u32);
+                let pages = (TOGETHER - page.0 as usize % TOGETHER).min(end.min(seen) - at);
+                let unchanged = |checksums: &mut [Checksum]| observations.unchanged(at, checksums);
+                if !self.confirm_together(&report, page, pages, unchanged) {
+                    let each = &mut each[..pages];
+                    each.iter_mut()
+                        .zip(at..)
+                        .for_each(|(each, at)| *each = observations.of(at));
+                    each.iter().for_each(|observation| found.note(observation));
+                    let epoch = self.raise_epoch(id, observations.epoch());
+                    self.observe_together(&report, page, each, epoch);
+                }
+                at += pages;
             }
             self.events.changed += u64::from(found.changed);
+            settled &= found.changed == 0;
             if let Some(region) = self.regions.found(range.first, &found)
                 && looked_at.last() != Some(&region)
             {
@@ -139,11 +201,43 @@ impl Core {
         if self.pace.wake.is_some() {
             self.pace.wake = Some(self.now + self.pause());
         }
+        if let Some(client) = self.clients.get_mut(&id) {
+            client.settled = settled;
+        }
         self.refresh(id);
     }
 
+    /// Whether a few consecutive pages of one window all are candidates still, which needs no search. `unchanged` is
+    /// [`Observations::unchanged`] of them.
+    fn confirm_together(
+        &mut self,
+        report: &Report,
+        first: PageNumber,
+        pages: usize,
+        unchanged: impl FnOnce(&mut [Checksum]) -> bool,
+    ) -> bool {
+        if report.rests || !report.comparable || !self.unstable.may_confirm(first, pages as u32, self.pass) {
+            return false;
+        }
+        let mut checksums = [Checksum(0); TOGETHER];
+        let checksums = &mut checksums[..pages];
+        if !unchanged(checksums) || checksums.iter().any(|&checksum| self.is_zero(checksum)) {
+            return false;
+        }
+        let Some(unshared) = self.unstable.confirm_together(&mut self.pages, first, checksums) else {
+            return false;
+        };
+        self.events.scanned += pages as u64;
+        self.events.unshared += u64::from(unshared);
+        debug_assert!(
+            !checksums.iter().any(|checksum| self.has_an_equal(checksum.masked())),
+            "{first:?}"
+        );
+        true
+    }
+
     /// What was seen of a few consecutive pages. Those of which nothing is new need no search; the others' searches begin together.
-    fn observe_together(&mut self, report: &Report, first: PageNumber, observations: &[Observation]) {
+    fn observe_together(&mut self, report: &Report, first: PageNumber, observations: &[Observation], epoch: Epoch) {
         self.events.scanned += observations.len() as u64;
         let mut unsettled = [false; TOGETHER];
         let mut touched = 0;
@@ -160,18 +254,18 @@ impl Core {
         }
         std::hint::black_box(touched);
         for (i, observation) in observations.iter().enumerate().filter(|&(i, _)| unsettled[i]) {
-            self.observe(report, first.plus(i as u32), observation);
+            self.observe(report, first.plus(i as u32), observation, epoch);
         }
     }
 
-    fn observe(&mut self, report: &Report, page: PageNumber, observation: &Observation) {
+    fn observe(&mut self, report: &Report, page: PageNumber, observation: &Observation, epoch: Epoch) {
         let was_zero = self.pages.place(page) == Place::Zero;
         if self.pages.is(page, Mark::Busy) {
             return;
         }
         self.unstable.remove(&mut self.pages, page);
         let (id, seen) = (report.client, observation.seen);
-        if !self.relocate(id, report.region, page, seen, report.epoch, true) {
+        if !self.relocate(id, report.region, page, seen, epoch, true) {
             return;
         }
         self.mark(page, Mark::Unshared, false);

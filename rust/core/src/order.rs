@@ -62,7 +62,7 @@ pub enum Decision {
         client: ClientId,
         /// Answer with [`Core::unmapped`](crate::Core::unmapped).
         order: OrderId,
-        /// At most [`MAX_RANGES`] of at most [`MAX_SCAN_PAGES`] pages together.
+        /// At most [`MAX_RANGES`] of at most [`MAX_STEP_PAGES`] pages together.
         ranges: Vec<PageRange>,
         /// The reason.
         why: Why,
@@ -87,8 +87,10 @@ pub enum Decision {
 pub const MAX_RANGES: usize = 1024;
 /// Runs in one order.
 pub const MAX_RUNS: usize = 2048;
-/// Pages in one Scan or Unmap: a few milliseconds of work.
-pub const MAX_SCAN_PAGES: u32 = 8192;
+/// Pages in one Scan.
+pub const MAX_SCAN_PAGES: u32 = 32_768;
+/// Pages in one Unmap, and in other orders where it is to be a few milliseconds of work.
+pub const MAX_STEP_PAGES: u32 = 8192;
 /// Pages in one Map.
 pub const MAX_MAP_PAGES: u32 = 65_536;
 /// Pages in one Stage: the staging area.

@@ -5,6 +5,7 @@
 //! slot (or, while an uncovered page is a candidate, the tag of its checksum) and two bytes of state and age. Relies on
 //! `region.rs` to hand numbers out; never looks at a frame and never decides.
 
+use crate::checksum::Checksum;
 use crate::frame::Slot;
 
 /// Pages in a window, and slots in an extent: 2 MiB of 4 KiB pages.
@@ -110,6 +111,15 @@ impl Place {
 /// Two bytes: place 3 bits, four marks, age 4 bits, passes still to skip 4 bits, a fifth mark.
 #[derive(Clone, Copy, Default)]
 struct Meta(u16);
+
+impl Meta {
+    /// Whether it is of a candidate with memory of its own, of which nothing is on its way.
+    fn is_filed(self) -> bool {
+        const IS: u16 = Mark::Candidate as u16 | Mark::Item as u16;
+        const IS_NOT: u16 = PLACE_MASK | Mark::Busy as u16;
+        self.0 & (IS | IS_NOT) == IS
+    }
+}
 
 const PLACE_MASK: u16 = 0b111;
 const AGE_SHIFT: u32 = 7;
@@ -238,6 +248,14 @@ impl Pages {
         window.metas[i].0 & mark as u16 != 0
     }
 
+    /// How many of so many pages of one window come before the first that is Busy.
+    pub(crate) fn not_busy(&self, first: PageNumber, pages: u32) -> u32 {
+        let (window, i) = self.window(first);
+        let metas = &window.metas[i..][..pages as usize];
+        let busy = metas.iter().position(|meta| meta.0 & Mark::Busy as u16 != 0);
+        busy.map_or(pages, |at| at as u32)
+    }
+
     /// Sets or clears a mark; returns whether that changed anything.
     pub(crate) fn mark(&mut self, page: PageNumber, mark: Mark, on: bool) -> bool {
         let (window, i) = self.window_mut(page);
@@ -253,14 +271,35 @@ impl Pages {
     /// Sets the bit that tells passes apart to `odd` on a page that is filed under this tag and has memory of its own; `false` if it
     /// is not filed so.
     pub(crate) fn confirm(&mut self, page: PageNumber, tag: u32, odd: bool) -> bool {
-        const IS: u16 = Mark::Candidate as u16 | Mark::Item as u16;
-        const IS_NOT: u16 = PLACE_MASK | Mark::Busy as u16;
         let (window, i) = self.window_mut(page);
-        if window.metas[i].0 & (IS | IS_NOT) != IS || window.slots[i] != tag {
+        if !window.metas[i].is_filed() || window.slots[i] != tag {
             return false;
         }
         self.mark(page, Mark::Odd, odd);
         true
+    }
+
+    /// [`Pages::confirm`] of consecutive pages of one window, all of them or none: of pages filed under the tags of these
+    /// checksums. Marks them Unshared and tells how many were not.
+    pub(crate) fn confirm_together(&mut self, first: PageNumber, checksums: &[Checksum], odd: bool) -> Option<u32> {
+        let (window, i) = self.window_mut(first);
+        let tags = &window.slots[i..][..checksums.len()];
+        let metas = &mut window.metas[i..][..checksums.len()];
+        // Neither loop ends early: so the compiler can do many pages at a time.
+        let others = tags
+            .iter()
+            .zip(checksums)
+            .map(|(tag, checksum)| tag ^ checksum.masked().tag());
+        let filed = metas.iter().fold(true, |filed, meta| filed & meta.is_filed());
+        if !filed || others.fold(0, |any, other| any | other) != 0 {
+            return None;
+        }
+        let mut unmarked = 0;
+        for meta in metas {
+            unmarked += u32::from(meta.0 & Mark::Unshared as u16 == 0);
+            meta.0 = meta.0 & !(Mark::Odd as u16) | Mark::Unshared as u16 | if odd { Mark::Odd as u16 } else { 0 };
+        }
+        Some(unmarked)
     }
 
     /// The tag that a candidate is filed under.

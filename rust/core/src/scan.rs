@@ -6,7 +6,7 @@
 //! ever and never meet. Merged pages are never left out, for that is how breaks are found. Relies on `page.rs` for ages; never changes a tree.
 
 use crate::client::Client;
-use crate::order::{Decision, MAX_RANGES, MAX_SCAN_PAGES, Task};
+use crate::order::{Decision, MAX_RANGES, MAX_SCAN_PAGES, MAX_STEP_PAGES, Task};
 use crate::page::{Mark, PageNumber, PageRange, Pages, Place, WINDOW};
 use crate::region::{ClientId, Regions};
 use crate::{Core, Queue};
@@ -33,10 +33,16 @@ const MERGING_SCAN: u32 = 2 * WINDOW;
 
 impl Core {
     /// How many pages a client's turn has.
-    fn turn(&self, ahead: bool, requested: bool) -> u32 {
+    fn turn(&self, id: ClientId, ahead: bool, requested: bool) -> u32 {
         if requested {
             let merges = self.foundings.len() > 0 || self.waiting_maps > 0;
-            return if merges { MERGING_SCAN } else { MAX_SCAN_PAGES };
+            let settled = self.clients.get(&id).is_some_and(|client| client.settled);
+            return match (merges, settled) {
+                (true, _) => MERGING_SCAN,
+                // Where writes are tracked most of it will be looked up, not read.
+                (false, true) => MAX_SCAN_PAGES,
+                (false, false) => MAX_STEP_PAGES,
+            };
         }
         let batch = self.tunables.pages_to_scan;
         let share = if ahead {
@@ -44,7 +50,7 @@ impl Core {
         } else {
             batch / self.in_pass.max(1)
         };
-        let want = self.pace.batch_left.min(share.max(WINDOW));
+        let want = self.pace.batch_left.min(share.max(WINDOW)).min(MAX_STEP_PAGES);
         if self.tunables.is_advised() && want > 0 {
             // Whoever sets the knob may want windows cut; the advisor, which knows no windows, looks at whole ones in advance.
             want.max(WINDOW)
@@ -54,7 +60,7 @@ impl Core {
     }
 
     pub(crate) fn scan(&mut self, id: ClientId, ahead: bool, requested: bool) -> Option<Decision> {
-        let want = self.turn(ahead, requested);
+        let want = self.turn(id, ahead, requested);
         let client = self.clients.get_mut(&id)?;
         if client.scanner.is_some() || client.scanned && !ahead || want == 0 {
             return None;
@@ -129,17 +135,19 @@ impl Chosen {
         self.ranges
     }
 
-    /// Goes on in a region of which so many pages are done; whether its end was reached.
+    /// Goes on in a region of which so many pages are done; whether its end was reached. `wanted` is told a page and how many from it
+    /// on could be taken, at least one and all of one window; it says how many of them are wanted before the first that is not, or may
+    /// not be.
     pub(crate) fn walk(
         &mut self,
         region: PageRange,
         done: &mut u32,
-        mut is_wanted: impl FnMut(PageNumber) -> bool,
+        mut wanted: impl FnMut(PageNumber, u32) -> u32,
     ) -> bool {
         while *done < region.pages {
             let page = region.first.plus(*done);
             // Whole windows where the batch is large enough: they leave as whole runs later.
-            let window = WINDOW.min(region.pages - *done);
+            let window = (WINDOW - u32::from(page.position())).min(region.pages - *done);
             let would_split =
                 self.want >= WINDOW && page.position() == 0 && self.pages > 0 && self.pages + window > self.want;
             if self.pages >= self.want || self.walked >= self.want.saturating_mul(WALK) || would_split {
@@ -152,36 +160,42 @@ impl Chosen {
             if !extends && self.ranges.len() == MAX_RANGES {
                 return false;
             }
-            *done += 1;
-            self.walked += 1;
-            if !is_wanted(page) {
+            let pages = wanted(page, window.min(self.want - self.pages));
+            *done += pages.max(1);
+            self.walked += pages.max(1);
+            if pages == 0 {
                 continue;
             }
-            self.pages += 1;
+            self.pages += pages;
             match self.ranges.last_mut() {
-                Some(range) if extends => range.pages += 1,
-                _ => self.ranges.push(PageRange { first: page, pages: 1 }),
+                Some(range) if extends => range.pages += pages,
+                _ => self.ranges.push(PageRange { first: page, pages }),
             }
         }
         true
     }
 }
 
-/// Whether the pass looks at a page; `left_out` is told of one that smart scan leaves out.
-pub(crate) fn is_looked_at(
+/// How many of at most so many pages of one window the pass looks at before the first that it does not, or that is not yet chosen.
+/// `left_out` is told of the first if smart scan leaves it out.
+pub(crate) fn looked_at(
     pages: &mut Pages,
-    page: PageNumber,
+    first: PageNumber,
+    most: u32,
     choice: &Choice,
     left_out: impl FnOnce(&mut Pages, PageNumber),
-) -> bool {
-    if pages.is(page, Mark::Busy) {
-        return false;
+) -> u32 {
+    if !choice.smart {
+        return pages.not_busy(first, most);
     }
-    if choice.smart && sits_out(pages, page, choice.pass) {
-        left_out(pages, page);
-        return false;
+    if pages.is(first, Mark::Busy) {
+        return 0;
     }
-    true
+    if sits_out(pages, first, choice.pass) {
+        left_out(pages, first);
+        return 0;
+    }
+    1
 }
 
 /// Moves the client's cursor on; returns the pages chosen and how many smart scan left out. `left_out` is told their numbers.
@@ -196,7 +210,8 @@ pub(crate) fn next_ranges(
     while let Some(region) = client.regions.get(client.scan).and_then(|&id| regions.get_mut(id)) {
         let range = region.range;
         let done = region.look.in_pass(choice.pass);
-        if !chosen.walk(range, done, |page| is_looked_at(pages, page, choice, &mut left_out)) {
+        let wanted = |page, most| looked_at(pages, page, most, choice, &mut left_out);
+        if !chosen.walk(range, done, wanted) {
             return chosen.ranges;
         }
         client.scan += 1;

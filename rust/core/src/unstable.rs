@@ -12,14 +12,14 @@
 //! known by its lost Unshared mark; and after a pass that did not come by everybody, the table is emptied. Relies on `page.rs`;
 //! never holds a frame.
 
-use crate::checksum::spread;
+use crate::checksum::{Checksum, spread};
 use crate::page::{Mark, PageNumber, Pages};
 use crate::stats::in_tree;
 use crate::table::Table;
 use std::collections::BTreeSet;
 
 /// In how many looks (most passes, without smart scan) a window is searched for once, whatever can be confirmed.
-const SEARCHED_ANYWAY: u32 = 64;
+const SEARCHED_ANYWAY: u32 = 256;
 
 #[derive(Default)]
 pub(crate) struct UnstableTree {
@@ -77,11 +77,27 @@ impl UnstableTree {
     /// Makes a page that has memory of its own and is filed under this tag a candidate of this pass; the caller marks it Unshared.
     /// `false` if it is not filed so, or if it is time to search.
     pub(crate) fn confirm(&mut self, pages: &mut Pages, page: PageNumber, tag: u32, pass: u16) -> bool {
+        self.may_confirm(page, 1, pass) && pages.confirm(page, tag, self.odd)
+    }
+
+    /// Whether [`UnstableTree::confirm`] of consecutive pages of one window could tell anything but `false`.
+    pub(crate) fn may_confirm(&mut self, first: PageNumber, pages: u32, pass: u16) -> bool {
         self.fresh = false;
         let searched = u32::from(pass)
-            .wrapping_add(page.window())
+            .wrapping_add(first.window())
             .is_multiple_of(SEARCHED_ANYWAY);
-        self.kept && !searched && !self.crowded_out.contains(&page) && pages.confirm(page, tag, self.odd)
+        self.kept && !searched && self.crowded_out.range(first..first.plus(pages)).next().is_none()
+    }
+
+    /// [`UnstableTree::confirm`] of consecutive pages of one window that may be confirmed, all of them or none; how many of them are to be
+    /// marked Unshared and were not, which is done here.
+    pub(crate) fn confirm_together(
+        &mut self,
+        pages: &mut Pages,
+        first: PageNumber,
+        checksums: &[Checksum],
+    ) -> Option<u32> {
+        pages.confirm_together(first, checksums, self.odd)
     }
 
     /// The candidate of this tag is not to be confirmed: there is a frame, or may be, that has room for it.
@@ -205,7 +221,7 @@ mod tests {
         assert_eq!(tree.find(&mut pages, 1), Some(page(1)));
         assert!(!tree.confirm(&mut pages, page(2), 9, 1), "its bytes are others");
         assert!(
-            !tree.confirm(&mut pages, page(2), 2, 64),
+            !tree.confirm(&mut pages, page(2), 2, SEARCHED_ANYWAY as u16),
             "each is searched for now and then"
         );
         tree.crowd_out(&pages, 2);

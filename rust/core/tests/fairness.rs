@@ -92,7 +92,7 @@ impl Scene {
                 let pages = ranges.iter().flat_map(|range| range.iter());
                 let observations: Vec<Observation> = pages.map(|page| self.observe(page, pass)).collect();
                 self.core
-                    .scanned(order, Default::default(), &observations, self.clients.now);
+                    .scanned(order, &(Default::default(), &observations[..]), self.clients.now);
             }
             Next::Do(decision) => self.clients.carry_out(&mut self.core, decision),
             Next::WaitUntil(then) => self.clients.now = then.max(self.clients.now),

@@ -333,12 +333,8 @@ fn a_client_at_its_mapping_limit_is_left_alone_until_the_next_pass() {
                     seen: Seen::Own,
                     checksum: Some((checksum_of(10 + page.0 % 64), false)),
                 };
-                world.core.scanned(
-                    order,
-                    Default::default(),
-                    &pages.map(seen).collect::<Vec<_>>(),
-                    world.now,
-                );
+                let seen: Vec<_> = pages.map(seen).collect();
+                world.core.scanned(order, &(Default::default(), &seen[..]), world.now);
             }
             Next::Do(Decision::Stage { order, pages, .. }) => {
                 world.core.staged(order, &|_| true);

@@ -23,7 +23,7 @@ use crate::checksum::ChecksumWord;
 use crate::error::SysError;
 use crate::object::{self, Access, PAGE_SIZE, SharedMapping};
 use crate::protocol::{self, Page, Span, Words};
-use crate::word::Word;
+use crate::word::{State, Word};
 use crate::words::LentWords;
 
 pub(crate) const WHAT: &str = "page table";
@@ -260,12 +260,28 @@ impl TableView {
             .get(index as usize)
             .map(|word| ChecksumWord(word.load(Ordering::Relaxed)))
     }
+
+    /// Tells the checksums of consecutive pages if all of them are Private and have one, which did not take its value in this pass; else
+    /// what it tells means nothing.
+    pub fn unchanged<'a>(&self, first: u32, pass: u16, checksums: impl ExactSizeIterator<Item = &'a mut u64>) -> bool {
+        let (first, end) = (first as usize, first as usize + checksums.len());
+        if end > self.capacity as usize {
+            return false;
+        }
+        let words = &self.mapping.words(PAGE_SIZE, end)[first..];
+        let known = &self.mapping.words(PAGE_SIZE + words_bytes(self.capacity), end)[first..];
+        words.iter().zip(known).zip(checksums).all(|((word, known), to)| {
+            let state = Word(word.load(Ordering::Acquire)).checked_state();
+            let known = ChecksumWord(known.load(Ordering::Relaxed));
+            *to = known.0;
+            state == Some(State::Private) && known.checksum48().is_some() && known.pass16() != pass
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::word::State;
     use proptest::prelude::*;
 
     #[test]

@@ -37,6 +37,10 @@ impl Bits {
         self.0[at as usize / 64] |= 1 << (at % 64);
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.iter().all(|bits| *bits == 0)
+    }
+
     /// Whether the page, counted from the span's first, is in the set.
     pub(crate) fn has(&self, at: u32) -> bool {
         self.0[at as usize / 64] & 1 << (at % 64) != 0

@@ -14,7 +14,7 @@ use crate::gate::Pass;
 use crate::mutant::{self, Mutant};
 use crate::numa::Nodes;
 use crate::pagemap::{Bits, Pagemap};
-use crate::protocol::{self, Evidence, Kind, Page, Span, Words};
+use crate::protocol::{self, Evidence, Kind, Page, Span};
 use crate::region::Region;
 use crate::tracking::{Look, Wish};
 use crate::word::{State, StoreNumber, Word};
@@ -28,14 +28,9 @@ pub fn copied() -> u64 {
     COPIED.load(Ordering::Relaxed)
 }
 
-/// In how many passes a page is read at least once, whatever tracking says. Private memory changes unseen only under a device that
-/// pinned it, and the worst of it is a page that does not merge; an object may be written through a descriptor or by a child.
-const fn passes_unread(kind: Kind) -> u32 {
-    match kind {
-        Kind::Private => 64,
-        Kind::Shared => 16,
-    }
-}
+/// In how many passes a page is read at least once, whatever tracking says: a device that pinned it may write it unseen, an object's may
+/// be written through a descriptor or by a child. The worst of it is a page that does not merge until then.
+const PASSES_UNREAD: u32 = 128;
 
 /// Pages that are cheaper looked at with their neighbours than left out between two system calls.
 const GAP: u32 = 16;
@@ -139,22 +134,25 @@ impl Region {
             self.forget_others(tools.nodes.is_some());
             // The words first: evidence counts only against what a page was before it was looked at.
             tools.words.clear();
-            tools.words.extend(span.iter().map(|page| self.words.load(page)));
+            let words = &self.words.slice()[span.first.0 as usize..][..span.pages as usize];
+            tools
+                .words
+                .extend(words.iter().map(|word| Word(word.load(Ordering::SeqCst))));
             tools.first = span.first;
             if self.parts.is_some() && tools.words.iter().all(|word| word.state() == State::Held) {
                 // An arena's, lent for a moment or free.
                 return Ok(Tally::default());
             }
             let unread = self.written(span, pass, tools)?;
-            let clean = self.part(span, unread, tools);
-            if clean == span.pages {
+            self.part(span, unread, tools);
+            if tools.parts.is_empty() {
                 let look = Look {
-                    clean,
+                    clean: span.pages,
                     ..Look::default()
                 };
                 tools.wishes.extend(self.judge(span, look));
                 return Ok(Tally {
-                    clean,
+                    clean: span.pages,
                     ..Tally::default()
                 });
             }
@@ -225,26 +223,39 @@ impl Region {
         };
         // Each pass another part of the region is read whatever the kernel says.
         let turn = u32::from(pass).wrapping_add(span.first.0 / protocol::MAX_RUN as u32);
-        if turn.is_multiple_of(passes_unread(self.kind())) {
+        if turn.is_multiple_of(PASSES_UNREAD) {
             return Ok(false);
         }
         pagemap.written(&self.view, span, &mut tools.written)?;
         Ok(true)
     }
 
-    /// Tells the pages that need no reading, since nobody wrote them, from the stretches that have to be looked at more closely; how many
-    /// need none.
-    fn part(&self, span: Span, unread: bool, tools: &mut ScanTools) -> u32 {
+    fn checksums(&self, span: Span) -> &[AtomicU64] {
+        &self.table.checksums()[(self.first_word + span.first.0) as usize..][..span.pages as usize]
+    }
+
+    /// Whether all pages of a span of which nothing may have been written are to be left at what is known of them: the usual case,
+    /// without a decision per page.
+    fn is_known(&self, span: Span, tools: &ScanTools) -> bool {
+        let known = |word: &AtomicU64| ChecksumWord(word.load(Ordering::Relaxed)).checksum48().is_some();
+        tools.written.is_empty()
+            && tools.words.iter().all(|word| word.state() == State::Private)
+            && self.checksums(span).iter().all(known)
+    }
+
+    /// Tells the pages that need no reading, since nobody wrote them, from the stretches that have to be looked at more closely, if there
+    /// are any.
+    fn part(&self, span: Span, unread: bool, tools: &mut ScanTools) {
         tools.parts.clear();
         tools.clean.reset(span.pages);
         if !unread {
             tools.parts.push(span);
-            return 0;
+            return;
         }
-        let mut clean = 0;
-        let first = (self.first_word + span.first.0) as usize;
-        let checksums = &self.table.checksums()[first..first + span.pages as usize];
-        let pages = tools.words.iter().zip(checksums).zip(span.iter());
+        if self.is_known(span, tools) {
+            return;
+        }
+        let pages = tools.words.iter().zip(self.checksums(span)).zip(span.iter());
         for (at, ((word, checksum), page)) in pages.enumerate() {
             let at = at as u32;
             // Only pages whose memory is their own by their words: of others a marker of the kernel's may say that they were not written.
@@ -256,7 +267,6 @@ impl Region {
             let known = ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48().is_some();
             if own && known && !tools.written.has(at) {
                 tools.clean.set(at);
-                clean += 1;
                 continue;
             }
             match tools.parts.last_mut() {
@@ -264,7 +274,6 @@ impl Region {
                 _ => tools.parts.push(Span::one(page)),
             }
         }
-        clean
     }
 
     /// Finds which pages have memory, where that matters and can be known.

@@ -1,9 +1,10 @@
 //! Clients that answer at once and honestly, whatever core asks: for what is counted or timed of core alone.
 //!
-//! What a page holds never changes. Relies on two contents never having one checksum; never turns anything down.
+//! What a merged page holds never changes, and a page of zeros has checksum 0. Relies on two contents never having one checksum; never turns anything down.
 #![allow(dead_code, reason = "each program uses its own part")]
 
-use ksmrs_core::{Checksum, Core, Decision, Next, Observation, PageNumber, Run, RunOutcome, Seen, Slot};
+use ksmrs_core::{Checksum, Core, Decision, Next, Observation, PageNumber};
+use ksmrs_core::{Run, RunFailure, RunOutcome, Seen, Slot};
 use std::time::Duration;
 
 const NOWHERE: u32 = u32::MAX - 1;
@@ -15,6 +16,8 @@ pub struct Honest<F> {
     slots: Vec<u32>,
     frames: Vec<Checksum>,
     pub now: Duration,
+    /// Whether clients turn down what is to be mapped, for somebody else has their memory too.
+    pub accompanied: bool,
 }
 
 impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
@@ -24,6 +27,7 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
             slots: vec![NOWHERE; pages as usize],
             frames: vec![Checksum(0); slots as usize],
             now: Duration::ZERO,
+            accompanied: false,
         }
     }
 
@@ -35,7 +39,11 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
                 checksum: Some(((self.content)(page), first)),
             },
             slot => Observation {
-                seen: Seen::Merged(Slot(slot)),
+                seen: if Slot(slot) == Slot::ZERO {
+                    Seen::Zero
+                } else {
+                    Seen::Merged(Slot(slot))
+                },
                 checksum: None,
             },
         }
@@ -43,9 +51,13 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
 
     fn map(&mut self, run: Run) -> RunOutcome {
         let mut outcome = RunOutcome::default();
+        if self.accompanied {
+            outcome.failure = Some(RunFailure::NotAlone);
+            return outcome;
+        }
         for (i, (page, slot)) in run.iter().enumerate() {
             assert_eq!(
-                self.frames[slot.0 as usize],
+                self.frames.get(slot.0 as usize).copied().unwrap_or(Checksum(0)),
                 (self.content)(page),
                 "no two contents have one checksum here"
             );
@@ -61,7 +73,7 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
                 let first = core.full_scans() == 0;
                 let pages = ranges.iter().flat_map(|range| range.iter());
                 let observations: Vec<Observation> = pages.map(|page| self.observe(page, first)).collect();
-                core.scanned(order, Default::default(), &observations, self.now);
+                core.scanned(order, &(Default::default(), &observations[..]), self.now);
             }
             Decision::Stage { order, pages, .. } => {
                 let mut checksums = Vec::new();
@@ -77,6 +89,14 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
             Decision::Map { order, runs, .. } => {
                 let outcomes: Vec<RunOutcome> = runs.iter().map(|&run| self.map(run)).collect();
                 core.mapped(order, Default::default(), &outcomes);
+            }
+            Decision::Move { frames } => {
+                let copy = |&(from, to): &(Slot, Slot)| {
+                    self.frames[to.0 as usize] = self.frames[from.0 as usize];
+                    Some(self.frames[to.0 as usize])
+                };
+                let checksums: Vec<_> = frames.iter().map(copy).collect();
+                core.moved(&checksums);
             }
             Decision::Punch { .. } => {}
             other => panic!("{other:?} of memory at rest"),

@@ -179,7 +179,7 @@ impl World {
         match report {
             Report::Scan { ranges, pass, .. } => {
                 let seen: Vec<Observation> = numbers(&ranges).map(|number| self.look(id, number, pass)).collect();
-                self.core.scanned(order, epoch, &seen, self.now);
+                self.core.scanned(order, &(epoch, &seen[..]), self.now);
             }
             Report::Stage { copies, .. } => self.fill(order, &copies),
             Report::Map { runs, alone } => {
