@@ -27,13 +27,21 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr;
 use view::{READ_WRITE, map_anonymous};
 
-/// Maps a shared range's object a second time, where the kernel likes: an old length of 0 asks for that.
-fn map_home_of(view: usize, bytes: usize) -> Result<usize, SysError> {
+/// Maps a shared range's object a second time, where the kernel likes: an old length of 0 asks for that. Of an object that may live on,
+/// whoever comes after this process takes a page that is there for a complete one: so memory comes to its holes page by page, never as a
+/// huge page that brings zeros to the holes beside. The view is advised like the home, or what is mapped from there would be a mapping apart.
+fn map_home_of(view: usize, bytes: usize, lasting: bool) -> Result<usize, SysError> {
     let view = ptr::with_exposed_provenance_mut(view);
     // SAFETY: nothing that is mapped is touched: the kernel chooses fresh addresses.
-    let home = unsafe { rustix::mm::mremap(view, 0, bytes, MremapFlags::MAYMOVE) };
-    home.map(|home| home.expose_provenance())
-        .map_err(SysError::call("mremap", "home view"))
+    let home = unsafe { rustix::mm::mremap(view, 0, bytes, MremapFlags::MAYMOVE) }
+        .map_err(SysError::call("mremap", "home view"))?;
+    if lasting {
+        for start in [home, view] {
+            // SAFETY: both show the object, and the advice changes no byte. A kernel that declines has no huge pages.
+            let _ = unsafe { rustix::mm::madvise(start, bytes, Advice::LinuxNoHugepage) };
+        }
+    }
+    Ok(home.expose_provenance())
 }
 
 /// The address ranges of one region, unmapped by whoever closes it.
@@ -108,7 +116,7 @@ impl Mapping {
             split: 0,
         };
         if object.is_some() {
-            view.home = map_home_of(view.base, bytes)?;
+            view.home = map_home_of(view.base, bytes, lasting.is_some())?;
             // SAFETY: just mapped, ours; the advice only keeps the same bytes from being dumped twice.
             let _ = unsafe {
                 let home = ptr::with_exposed_provenance_mut(view.home);
@@ -142,7 +150,7 @@ impl Mapping {
             object,
         } = foreign;
         let home = match object {
-            Some(_) => map_home_of(address, pages as usize * PAGE_SIZE)?,
+            Some(_) => map_home_of(address, pages as usize * PAGE_SIZE, true)?,
             None => 0,
         };
         let view = View {

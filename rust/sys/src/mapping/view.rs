@@ -306,7 +306,19 @@ impl Memory for View {
     fn punch_home(&self, span: Span) -> Result<(), Errno> {
         let (home, bytes) = self.home_range(span);
         // SAFETY: home pages that no view shows any more (their words are owned and the frames are mapped): nobody reads them.
-        unsafe { rustix::mm::madvise(home, bytes, Advice::LinuxRemove) }
+        unsafe { rustix::mm::madvise(home, bytes, Advice::LinuxRemove) }?;
+        if !self.vanishing {
+            return Ok(());
+        }
+        // Of a huge page that somebody refers to (a pipe, a debugger) the kernel only writes zeros to that part, which is still there. What
+        // is there has to be complete.
+        careful::residency(home, span.pages, |at, resident| {
+            if resident {
+                let from = self.page(span.first.plus(at));
+                // SAFETY: a home page of the span, as above; an object that was cut short is the kernel's to find.
+                let _ = unsafe { careful::copy_to(from, home.byte_add(at as usize * PAGE_SIZE).cast(), PAGE_SIZE) };
+            }
+        })
     }
 
     fn copy_own(&self, span: Span) -> Result<(), Errno> {

@@ -442,8 +442,9 @@ fn stretches<K: PartialEq>(
 /// were settled as asked; a home page that cannot be freed stays, merged but not saved. `alone` is to be known after the pages
 /// merged: who comes later has them lent first.
 pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: bool) -> Result<u32, Errno> {
-    // Taken back, the home is complete, and perhaps newer than the frame: somebody else may be writing to it.
-    let passing = if alone { State::Committing } else { State::Homed };
+    // Taken back, the home is complete, and perhaps newer than the frame: somebody else may be writing to it. Freed, it may be anything
+    // for a moment, and is to be written anew should this process end in it.
+    let passing = if alone { State::Breaking } else { State::Homed };
     let mut settled = 0;
     let mut trouble = Ok(());
     let mut page = span.first;
