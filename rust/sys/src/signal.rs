@@ -315,7 +315,12 @@ fn break_or_detach(area: &Area, page: Page) -> Result<u32, Errno> {
                 }
             },
         }
-        if !matches!(area.words.load(page).state(), State::Merged | State::Zero) {
+        let word = area.words.load(page);
+        if word.state() == State::Homed && word.is_lent() {
+            // Complete at home, owned by nobody, and there is no room to map it.
+            return Err(Errno::AGAIN);
+        }
+        if !matches!(word.state(), State::Merged | State::Zero) {
             // Whoever had it is at it, or saw to it.
             return Ok(0);
         }
