@@ -11,6 +11,7 @@ use ksmrs_broker::runtime_dir::RuntimeDir;
 use ksmrs_broker::wire::{Answer, ErrorCode, Question, ToBroker};
 use ksmrs_broker::{BrokerOptions, Started, run_broker};
 use ksmrs_sys::peer::{Peer, Wait};
+use ksmrs_sys::{State, Word};
 
 #[test]
 fn equal_pages_of_one_client_merge_and_leave() {
@@ -36,6 +37,22 @@ fn equal_pages_of_one_client_merge_and_leave() {
     client.until("frames", 0);
     drop(client);
     assert_eq!(broker.ended(), Started::Served);
+}
+
+#[test]
+fn candidates_that_are_unmerged_on_request_count_nowhere() {
+    let broker = Broker::start("held-candidates");
+    let mut client = FakeClient::new(&broker);
+    client.join(100..164);
+    client.merge();
+    client.merge();
+    assert_eq!(client.counter("pages_unshared"), 64);
+    // Nobody wrote them, and their checksums are what they were.
+    for index in 0..64 {
+        client.store_word(index, Word::PRIVATE.with_state(State::Held));
+    }
+    client.merge();
+    assert_eq!(client.counter("pages_unshared"), 0);
 }
 
 #[test]

@@ -201,11 +201,9 @@ impl Core {
             .is_live(founding)
             .then(|| self.foundings.checksum(founding));
         waiters.clear();
-        if expected.is_some() {
-            self.foundings.end_into(founding, waiters);
-        }
+        // Closed once, it turned pages away, whoever left it since and whatever the knob is now.
+        let is_full = expected.is_some() && !self.foundings.end_into(founding, waiters);
         self.foundings.forget(founding);
-        let is_full = waiters.len() as u32 >= self.tunables.max_page_sharing;
         let first = touched.len();
         waiters.retain(|&page| {
             self.pages.mark(page, Mark::Busy, false);

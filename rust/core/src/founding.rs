@@ -91,11 +91,11 @@ impl Foundings {
         }
     }
 
-    fn close(&mut self, id: FoundingId) {
+    /// Whether it was open.
+    fn close(&mut self, id: FoundingId) -> bool {
         let tag = self.all[id.0 as usize].checksum.tag();
-        if let Ok(entry) = self.open.find_entry(spread(tag), |&other| other == id.0) {
-            entry.remove();
-        }
+        let open = self.open.find_entry(spread(tag), |&other| other == id.0);
+        open.map(|entry| entry.remove()).is_ok()
     }
 
     pub(crate) fn checksum(&self, id: FoundingId) -> Checksum {
@@ -120,8 +120,8 @@ impl Foundings {
     }
 
     /// The same, in a list that is there.
-    pub(crate) fn end_into(&mut self, id: FoundingId, pages: &mut Vec<PageNumber>) {
-        self.close(id);
+    pub(crate) fn end_into(&mut self, id: FoundingId, pages: &mut Vec<PageNumber>) -> bool {
+        let was_open = self.close(id);
         let founding = &mut self.all[id.0 as usize];
         founding.live = false;
         let mut cell = founding.first_waiter;
@@ -132,6 +132,7 @@ impl Foundings {
             cell = next;
         }
         self.live -= 1;
+        was_open
     }
 
     /// Its number may be used again: no order names it any more.

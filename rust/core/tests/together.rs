@@ -47,11 +47,23 @@ struct Side {
     together: bool,
     /// Each page's checksum, and the look in which it took its value.
     known: Vec<(u64, u16)>,
+    /// What becomes of the next answer to a Scan.
+    next: Fate,
+}
+
+/// What becomes of an answer.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Fate {
+    #[default]
+    Whole,
+    Short,
+    Refused,
 }
 
 impl Side {
-    fn new(contents: &Contents, together: bool, smart: bool) -> Side {
-        let mut core = Core::new(PAGES, Checksum(0));
+    fn new(contents: &Contents, together: bool, smart: bool, sharing: u32) -> Side {
+        let mut core = Core::new(4 * PAGES, Checksum(0));
+        core.set("max_page_sharing", &sharing.to_string()).unwrap();
         for (knob, value) in [
             ("use_zero_pages", "0"),
             ("advisor_mode", "none"),
@@ -70,12 +82,13 @@ impl Side {
             core,
             clients: Honest::new(
                 PAGES,
-                PAGES,
+                4 * PAGES,
                 Box::new(move |page| Checksum(held.borrow()[page.0 as usize])),
             ),
             contents: Rc::clone(contents),
             together,
-            known: vec![(0, 0); PAGES as usize],
+            known: vec![(u64::MAX, 0); PAGES as usize],
+            next: Fate::Whole,
         }
     }
 
@@ -89,6 +102,23 @@ impl Side {
         self.clients.observe(page, changed)
     }
 
+    /// Something that may happen at any time.
+    fn happen(&mut self, event: Event) {
+        let now = self.clients.now;
+        match event {
+            Event::Nothing => {}
+            Event::Request => drop(self.core.request_merge(now)),
+            // Not while pages are merged, for some.
+            Event::Set(knob, value) => drop(self.core.set(knob, value)),
+            Event::Sealed => [1, 2]
+                .map(ClientId)
+                .into_iter()
+                .for_each(|id| self.core.sealed(id, Epoch::default())),
+            Event::Accompanied(accompanied) => self.clients.accompanied = accompanied,
+            Event::Answer(fate) => self.next = fate,
+        }
+    }
+
     fn carry_out(&mut self, decision: Decision) {
         let Decision::Scan {
             order, pass, ranges, ..
@@ -97,7 +127,12 @@ impl Side {
             return self.clients.carry_out(&mut self.core, decision);
         };
         let pages = ranges.iter().flat_map(|range| range.iter());
-        let seen: Vec<Observation> = pages.map(|page| self.look(page, pass)).collect();
+        let mut seen: Vec<Observation> = pages.map(|page| self.look(page, pass)).collect();
+        match std::mem::take(&mut self.next) {
+            Fate::Whole => {}
+            Fate::Short => seen.truncate(seen.len() / 2 + 3),
+            Fate::Refused => return self.core.order_refused(order, Epoch::default()),
+        }
         match self.together {
             true => self
                 .core
@@ -121,38 +156,66 @@ fn step(sides: &mut [Side; 2]) -> bool {
     same
 }
 
+#[derive(Clone, Copy)]
+enum Event {
+    Nothing,
+    Request,
+    Set(&'static str, &'static str),
+    Sealed,
+    Accompanied(bool),
+    Answer(Fate),
+}
+
+const EVENTS: [Event; 20] = [
+    Event::Nothing,
+    Event::Nothing,
+    Event::Nothing,
+    Event::Request,
+    Event::Set("smart_scan", "0"),
+    Event::Set("smart_scan", "1"),
+    Event::Set("run", "0"),
+    Event::Set("run", "1"),
+    Event::Set("run", "1"),
+    Event::Set("run", "2"),
+    Event::Set("merge_across_nodes", "0"),
+    Event::Set("merge_across_nodes", "1"),
+    Event::Set("use_zero_pages", "1"),
+    Event::Set("pages_to_scan", "100"),
+    Event::Set("pages_to_scan", "5000"),
+    Event::Sealed,
+    Event::Accompanied(true),
+    Event::Accompanied(false),
+    Event::Answer(Fate::Short),
+    Event::Answer(Fate::Refused),
+];
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
     fn the_same_follows(
         smart: bool,
-        alike in 1u64..2000,
-        zeros_after in 0usize..30,
-        // While somebody else has the clients' memory.
-        accompanied in (0usize..30, 0usize..30),
-        // After how many steps which pages are written: (steps, first, stride).
-        writes in proptest::collection::vec((1u32..60, 0u32..PAGES, 1u32..300), 1..30),
+        sharing in 2u32..7,
+        alike in 1u64..400,
+        // After how many steps what happens, and which pages are written: each with what no other holds, with what others hold, or all the same.
+        history in proptest::collection::vec((1u32..60, 0..EVENTS.len(), 0u32..PAGES, 1u32..300, 0u8..3), 1..40),
     ) {
-        // A third is written now and then and never equal to anything; of the rest some are, and some are zeros.
-        let contents: Contents = Rc::new(RefCell::new((0..u64::from(PAGES)).map(|page| if page % 3 == 0 { (1 + page) << 20 } else { (page % alike).saturating_sub(1) }).collect()));
-        let mut sides = [true, false].map(|together| Side::new(&contents, together, smart));
+        // A third is like nothing else, some are zeros.
+        let first = |page: u64| if page.is_multiple_of(3) { (1 + page) << 20 } else { (page % alike).saturating_sub(1) };
+        let contents: Contents = Rc::new(RefCell::new((0..u64::from(PAGES)).map(first).collect()));
+        let mut sides = [true, false].map(|together| Side::new(&contents, together, smart, sharing));
         let mut fresh = 1 << 31;
-        for (i, (steps, first, stride)) in writes.into_iter().enumerate() {
-            for side in &mut sides {
-                if i == zeros_after {
-                    side.core.set("use_zero_pages", "1").unwrap();
-                }
-                side.clients.accompanied = (accompanied.0..accompanied.1).contains(&i);
-            }
+        for (steps, event, first, stride, how) in history {
+            sides.iter_mut().for_each(|side| side.happen(EVENTS[event]));
             for _ in 0..steps {
                 prop_assert!(step(&mut sides), "they decide differently");
                 let [one, other] = sides.each_ref().map(|side| side.core.stats());
                 prop_assert_eq!(format!("{one:?}"), format!("{other:?}"));
             }
-            for page in (first..PAGES).step_by(stride as usize).filter(|page| page % 3 == 0) {
+            for page in (first..PAGES).step_by(stride as usize) {
                 fresh += 1;
-                contents.borrow_mut()[page as usize] = fresh;
+                contents.borrow_mut()[page as usize] = [fresh, u64::from(page) % alike, 5][usize::from(how)];
+                sides.iter_mut().for_each(|side| side.clients.broke(PageNumber(page)));
             }
         }
     }

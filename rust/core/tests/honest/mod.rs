@@ -1,6 +1,7 @@
 //! Clients that answer at once and honestly, whatever core asks: for what is counted or timed of core alone.
 //!
-//! What a merged page holds never changes, and a page of zeros has checksum 0. Relies on two contents never having one checksum; never turns anything down.
+//! What a merged page holds changes only once it is said to be broken (`broke`), and a page of zeros has checksum 0. A page shows a frame if it
+//! holds the same; nothing else is turned down, unless a scene says so.
 #![allow(dead_code, reason = "each program uses its own part")]
 
 use ksmrs_core::{Checksum, Core, Decision, Next, Observation, PageNumber};
@@ -14,6 +15,8 @@ pub struct Honest<F> {
     content: F,
     /// Slot by page number.
     slots: Vec<u32>,
+    /// Of those that have a slot: whether it was written since.
+    broken: Vec<bool>,
     frames: Vec<Checksum>,
     pub now: Duration,
     /// Whether clients turn down what is to be mapped, for somebody else has their memory too.
@@ -25,10 +28,16 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
         Honest {
             content,
             slots: vec![NOWHERE; pages as usize],
+            broken: vec![false; pages as usize],
             frames: vec![Checksum(0); slots as usize],
             now: Duration::ZERO,
             accompanied: false,
         }
+    }
+
+    /// The page was written: it has memory of its own, if it showed a frame until now.
+    pub fn broke(&mut self, page: PageNumber) {
+        self.broken[page.0 as usize] |= self.slots[page.0 as usize] != NOWHERE;
     }
 
     /// What a scan finds; `first` says that nobody looked before.
@@ -36,6 +45,14 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
         match self.slots[page.0 as usize] {
             NOWHERE => Observation {
                 seen: Seen::Own,
+                checksum: Some(((self.content)(page), first)),
+            },
+            slot if self.broken[page.0 as usize] => Observation {
+                seen: if Slot(slot) == Slot::ZERO {
+                    Seen::Own
+                } else {
+                    Seen::Broken(Slot(slot))
+                },
                 checksum: Some(((self.content)(page), first)),
             },
             slot => Observation {
@@ -56,12 +73,11 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
             return outcome;
         }
         for (i, (page, slot)) in run.iter().enumerate() {
-            assert_eq!(
-                self.frames.get(slot.0 as usize).copied().unwrap_or(Checksum(0)),
-                (self.content)(page),
-                "no two contents have one checksum here"
-            );
-            self.slots[page.0 as usize] = slot.0;
+            let frame = self.frames.get(slot.0 as usize).copied().unwrap_or(Checksum(0));
+            if frame != (self.content)(page) {
+                continue;
+            }
+            (self.slots[page.0 as usize], self.broken[page.0 as usize]) = (slot.0, false);
             outcome.merged[i / 64] |= 1 << (i % 64);
         }
         outcome
@@ -98,8 +114,14 @@ impl<F: Fn(PageNumber) -> Checksum> Honest<F> {
                 let checksums: Vec<_> = frames.iter().map(copy).collect();
                 core.moved(&checksums);
             }
+            Decision::Unmap { order, ranges, .. } => {
+                let pages: Vec<PageNumber> = ranges.iter().flat_map(|range| range.iter()).collect();
+                for page in &pages {
+                    (self.slots[page.0 as usize], self.broken[page.0 as usize]) = (NOWHERE, false);
+                }
+                core.unmapped(order, Default::default(), &vec![Seen::Own; pages.len()]);
+            }
             Decision::Punch { .. } => {}
-            other => panic!("{other:?} of memory at rest"),
         }
     }
 
