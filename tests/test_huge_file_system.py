@@ -1,4 +1,4 @@
-"""Objects in a file system that makes huge pages: whoever comes after the process finds every byte, though memory comes in 2 MiB.
+"""Objects in a file system that makes huge pages: whoever comes after the process finds every byte.
 
 A page that is there is taken for the object's own, newer than its frame; so none may be there that nobody wrote. The file
 system is a tmpfs that the test mounts, which needs root.

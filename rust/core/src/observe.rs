@@ -154,7 +154,6 @@ impl Core {
             && self.clients.get(&id).is_some_and(|client| client.is_planned());
         let mut looked_at: Vec<RegionId> = Vec::new();
         let mut settled = true;
-        let mut each = [Observation::NONE; TOGETHER];
         let mut end = 0;
         for &range in &ranges {
             let begin = end;
@@ -169,23 +168,7 @@ impl Core {
                 searches,
                 comparable,
             };
-            let mut found = Found::default();
-            let mut at = begin;
-            while at < end.min(seen) {
-                let page = range.first.plus((at - begin) as u32);
-                let pages = (TOGETHER - page.0 as usize % TOGETHER).min(end.min(seen) - at);
-                let unchanged = |checksums: &mut [Checksum]| observations.unchanged(at, checksums);
-                if !self.confirm_together(&report, page, pages, unchanged) {
-                    let each = &mut each[..pages];
-                    each.iter_mut()
-                        .zip(at..)
-                        .for_each(|(each, at)| *each = observations.of(at));
-                    each.iter().for_each(|observation| found.note(observation));
-                    let epoch = self.raise_epoch(id, observations.epoch());
-                    self.observe_together(&report, page, each, epoch);
-                }
-                at += pages;
-            }
+            let found = self.observe_range(&report, range.first, begin..end.min(seen), observations);
             self.events.changed += u64::from(found.changed);
             settled &= found.changed == 0;
             if let Some(region) = self.regions.found(range.first, &found)
@@ -205,6 +188,36 @@ impl Core {
             client.settled = settled;
         }
         self.refresh(id);
+    }
+
+    /// What was seen of a range, as far as it was looked at.
+    fn observe_range(
+        &mut self,
+        report: &Report,
+        first: PageNumber,
+        seen: std::ops::Range<usize>,
+        observations: &impl Observations,
+    ) -> Found {
+        let mut found = Found::default();
+        let mut each = [Observation::NONE; TOGETHER];
+        let (mut page, mut at) = (first, seen.start);
+        while at < seen.end {
+            // Never of two windows.
+            let pages = (TOGETHER - page.0 as usize % TOGETHER).min(seen.end - at);
+            let unchanged = |checksums: &mut [Checksum]| observations.unchanged(at, checksums);
+            if !self.confirm_together(report, page, pages, unchanged) {
+                let each = &mut each[..pages];
+                for (i, observation) in each.iter_mut().enumerate() {
+                    *observation = observations.of(at + i);
+                    found.note(observation);
+                }
+                let epoch = self.raise_epoch(report.client, observations.epoch());
+                self.observe_together(report, page, each, epoch);
+            }
+            page = page.plus(pages as u32);
+            at += pages;
+        }
+        found
     }
 
     /// Whether a few consecutive pages of one window all are candidates still, which needs no search. `unchanged` is

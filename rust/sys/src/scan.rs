@@ -28,9 +28,14 @@ pub fn copied() -> u64 {
     COPIED.load(Ordering::Relaxed)
 }
 
-/// In how many passes a page is read at least once, whatever tracking says: a device that pinned it may write it unseen, an object's may
-/// be written through a descriptor or by a child. The worst of it is a page that does not merge until then.
-const PASSES_UNREAD: u32 = 128;
+/// Of how many looks one reads a page, whatever tracking says. Private memory changes unseen only under a device that pinned it, an object
+/// may be written through a descriptor or by a child; the worst of it is a page that does not merge until then.
+const fn looks_unread(kind: Kind) -> u32 {
+    match kind {
+        Kind::Private => 128,
+        Kind::Shared => 64,
+    }
+}
 
 /// Pages that are cheaper looked at with their neighbours than left out between two system calls.
 const GAP: u32 = 16;
@@ -156,18 +161,16 @@ impl Region {
                     ..Tally::default()
                 });
             }
-            let known = self.backed(span, tools)?;
+            tools.armed.reset(span.pages);
+            let late = mutant::active(Mutant::ArmAfterRead);
+            let sure = late || self.arm(span, tools);
+            let known = self.backed(span, sure, tools)?;
             if let Some(nodes) = &mut tools.nodes {
                 nodes.reset(span.pages);
                 tools
                     .parts
                     .iter()
                     .for_each(|part| nodes.ask(&self.view, *part, span.first));
-            }
-            tools.armed.reset(span.pages);
-            let late = mutant::active(Mutant::ArmAfterRead);
-            if !late {
-                self.arm(span, tools);
             }
             tools.ahead.forget();
             let mut tally = Tally::default();
@@ -223,7 +226,7 @@ impl Region {
         };
         // Each pass another part of the region is read whatever the kernel says.
         let turn = u32::from(pass).wrapping_add(span.first.0 / protocol::MAX_RUN as u32);
-        if turn.is_multiple_of(PASSES_UNREAD) {
+        if turn.is_multiple_of(looks_unread(self.kind())) {
             return Ok(false);
         }
         pagemap.written(&self.view, span, &mut tools.written)?;
@@ -276,13 +279,21 @@ impl Region {
         }
     }
 
-    /// Finds which pages have memory, where that matters and can be known.
-    fn backed(&self, span: Span, tools: &mut ScanTools) -> Result<bool, SysError> {
+    /// Finds which pages have memory, where that matters and can be known; `sure` says that those that pass for armed are.
+    fn backed(&self, span: Span, sure: bool, tools: &mut ScanTools) -> Result<bool, SysError> {
         tools.own.reset(span.pages);
         match (&tools.pagemap, self.kind()) {
             (Some(pagemap), Kind::Private) => {
                 for part in &tools.parts {
-                    pagemap.own_memory(&self.view, *part, span.first, &mut tools.own)?;
+                    if sure && part.iter().all(|page| tools.armed.has(page.0 - span.first.0)) {
+                        // Only what has memory of its own is armed, and one walk of the page table does for both.
+                        part.iter().for_each(|page| tools.own.set(page.0 - span.first.0));
+                        continue;
+                    }
+                    let words = &tools.words[(part.first.0 - span.first.0) as usize..][..part.pages as usize];
+                    // What merges meanwhile shows what it holds.
+                    let no_frames = words.iter().all(|word| word.state() == State::Private);
+                    pagemap.own_memory(&self.view, *part, no_frames, span.first, &mut tools.own)?;
                 }
                 Ok(true)
             }
@@ -295,19 +306,24 @@ impl Region {
         }
     }
 
-    /// Arms what is about to be read.
-    fn arm(&self, span: Span, tools: &mut ScanTools) {
+    /// Arms what is about to be read; whether those that pass for armed are.
+    fn arm(&self, span: Span, tools: &mut ScanTools) -> bool {
         let Some(pagemap) = tools.pagemap.as_ref().filter(|_| tools.tracks && self.tracking.any()) else {
-            return;
+            return true;
         };
         // A merge relies on what it armed. What is not armed is read again next time.
-        let Some(_arming) = self.tracking.arming() else { return };
+        let Some(_arming) = self.tracking.arming() else {
+            return true;
+        };
+        let mut sure = true;
         for part in &tools.parts {
             if pagemap.arm(&self.view, *part, span.first, &mut tools.armed).is_err() {
                 // Any of them may be armed now: all are read.
                 part.iter().for_each(|page| tools.armed.set(page.0 - span.first.0));
+                sure = false;
             }
         }
+        sure
     }
 
     pub(crate) fn checksum_word(&self, page: Page) -> &AtomicU64 {
