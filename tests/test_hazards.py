@@ -180,6 +180,52 @@ def test_at_the_mapping_limit_every_write_succeeds(shared: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+def test_at_the_mapping_limit_regions_that_share_a_mapping_are_written(zeros: bool) -> None:
+    """The kernel joins mappings of adjoining regions; where none can be split, what lies in all of them is made writable."""
+    run(
+        f"""
+        import ctypes, mmap
+        zeros, part, count = {zeros}, 2 << 20, 6
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        memory = mmap.mmap(-1, count * part)
+        array = np.frombuffer(memory, np.uint8)
+        contents = np.zeros(array.shape, np.uint8)
+        if not zeros:
+            contents[:] = np.random.default_rng(3).integers(1, 255, contents.size, np.uint8)
+        array[:] = contents
+        twins = [] if zeros else [ksmrs.array(contents, shared=True)]
+        for first in range(0, len(memory), part):
+            ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE, first, part)
+        pages = len(memory) // 4096
+        def merged():
+            ksmrs.merge(5)
+            stats = ksmrs.process_stats()
+            return stats.ksm_zero_pages == pages if zeros else stats.ksm_merging_pages == 2 * pages
+        wait_for(merged, "merging", 60)
+        ksmrs.tunables.run = 0
+        limit = int(open("/proc/sys/vm/max_map_count").read())
+        base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
+        assert base != ctypes.c_void_p(-1).value
+        flags = np.empty(contents.shape, bool)
+        used = 0
+        for page in range(1, pages, 101):
+            while libc.mprotect(base + used * 8192, 4096, 1) == 0:
+                used += 1
+                assert used < limit + 1000
+            array[page * 4096] ^= 0xFF
+            contents[page * 4096] ^= 0xFF
+        assert np.equal(array, contents, out=flags).all()
+        libc.mprotect(base, (limit + 1000) * 8192, 0)
+        os._exit(0)
+        """,
+        seconds=100,
+    )
+
+
 @pytest.mark.once
 def test_a_stopped_client_and_its_proposals(shared: bool) -> None:
     """A client is stopped while it merges; others go on; when it wakes nothing is wrong."""

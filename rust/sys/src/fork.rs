@@ -10,7 +10,7 @@ use crate::object::PAGE_SIZE;
 use crate::protocol::{Kind, MAX_RUN, Memory, Page, Resolution, Span, Words, is_being_lent, write_fault};
 use crate::sigmask::Blocked;
 use crate::word::State;
-use crate::{born, futex, gate, heap, registry, signal};
+use crate::{born, futex, gate, heap, registry, room, signal};
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::cell::Cell;
@@ -198,7 +198,7 @@ fn take_home(area: &registry::Area) {
         };
         match write_fault(&area.words, &area.view, page, false, rest) {
             Resolution::Broken(broken) => page = broken.end,
-            Resolution::NoRoom(_) => match signal::make_room(area, page) {
+            Resolution::NoRoom(_) => match room::make(area, page) {
                 Ok(pages) => drop(DETACHED_BY_FORK.fetch_add(u64::from(pages), Ordering::Relaxed)),
                 Err(_) => signal::nap(),
             },

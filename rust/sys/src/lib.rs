@@ -38,6 +38,7 @@ mod recall;
 pub mod region;
 mod registry;
 pub mod remap;
+mod room;
 pub mod scan;
 pub mod sharers;
 pub mod sigmask;

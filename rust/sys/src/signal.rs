@@ -2,23 +2,19 @@
 //!
 //! Raw system calls only: no allocation, no lock, no thread-local storage, no panic. It relies on the registry to find the
 //! region and on the protocol for everything that happens to its words. A break never fails and never kills the process: where
-//! the kernel has no room, room is made (`make_room`), and at the very worst the writer sleeps and tries again.
+//! the kernel has no room, room is made (`room.rs`), and at the very worst the writer sleeps and tries again.
 
 use crate::error::SysError;
 use crate::failpoint::{self, Failpoint};
 use crate::fork;
 use crate::gate::Pass;
-use crate::protocol::{
-    Access, Kind, Memory, Page, Resolution, Span, Words, break_stretch, dense_block, detach_stretch, write_fault,
-};
+use crate::protocol::{Access, Memory, Page, Resolution, Span, Words, dense_block, write_fault};
 use crate::registry::{self, Area, Found};
-use crate::word::State;
-use crate::{ballast, futex, gate, sigmask};
+use crate::{gate, room, sigmask};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use rustix::io::Errno;
 use std::ptr;
-use std::time::Duration;
 
 /// How far a break widens for a thread that writes page after page.
 const WIDEST: u32 = 32;
@@ -50,11 +46,9 @@ static LAST: [Last; 64] = [const {
 }; 64];
 
 /// Pages that write faults gave memory of their own, since the process began.
-static BREAKS: AtomicU64 = AtomicU64::new(0);
+pub(crate) static BREAKS: AtomicU64 = AtomicU64::new(0);
 /// Pages that ended Detached because there was no room for their break.
-static DETACHED: AtomicU64 = AtomicU64::new(0);
-/// The one thread that may make a whole mapping writable.
-static EMERGENCY: AtomicU32 = AtomicU32::new(0);
+pub(crate) static DETACHED: AtomicU64 = AtomicU64::new(0);
 /// Who handled SIGSEGV before us, as the kernel tells it; leaked at each change, so that a handler may still be reading it.
 static PREVIOUS: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 /// The thread that is running the previous handler.
@@ -253,7 +247,7 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
             // Perhaps there is room for what was written.
             Resolution::NoRoom(_) if around.pages > 1 => around = Span::one(page),
             Resolution::NoRoom(_) => {
-                let made = make_room(area, page);
+                let made = room::make(area, page);
                 drop(pass);
                 if made.is_err() {
                     nap();
@@ -272,61 +266,6 @@ fn around(area: &Area, page: Page, width: u32) -> Span {
         first: block.first,
         pages: end.max(block.end().0) - block.first.0,
     }
-}
-
-/// Makes room for a break that found none: gives up ballast, else breaks the whole mapping (which splits nothing), else makes it
-/// writable as it is. Ok: look again; the pages are those that ended Detached.
-pub(crate) fn make_room(area: &Area, page: Page) -> Result<u32, Errno> {
-    if ballast::give_up() {
-        return Ok(0);
-    }
-    if area.view.kind() == Kind::Private {
-        // Only a thaw can have failed, of pages that the remapper will thaw together, or others' mappings make room for.
-        return Err(Errno::NOMEM);
-    }
-    // One at a time, and the others keep still meanwhile: each needs all pages of its mapping, and while several claim them, page by
-    // page, each finds some that another has, for ever.
-    let thread = gate::thread_id();
-    if let Err(other) = EMERGENCY.compare_exchange(0, thread, Ordering::SeqCst, Ordering::SeqCst) {
-        futex::wait(&EMERGENCY, other, Some(Duration::from_millis(1)));
-        return Ok(0);
-    }
-    let done = break_or_detach(area, page);
-    EMERGENCY.store(0, Ordering::SeqCst);
-    futex::wake_all(&EMERGENCY);
-    done
-}
-
-/// Tries it as long as those who own a page of the mapping may need to be done with it; EAGAIN then.
-fn break_or_detach(area: &Area, page: Page) -> Result<u32, Errno> {
-    const TRIES: u32 = 20;
-    for _ in 0..TRIES {
-        match break_stretch(&area.words, &area.view, page) {
-            Ok(0) => {}
-            Ok(pages) => {
-                BREAKS.fetch_add(u64::from(pages), Ordering::Relaxed);
-                return Ok(0);
-            }
-            Err(_) => match detach_stretch(&area.words, &area.view, page)? {
-                0 => {}
-                pages => {
-                    DETACHED.fetch_add(u64::from(pages), Ordering::Relaxed);
-                    return Ok(pages);
-                }
-            },
-        }
-        let word = area.words.load(page);
-        if word.state() == State::Homed && word.is_lent() {
-            // Complete at home, owned by nobody, and there is no room to map it.
-            return Err(Errno::AGAIN);
-        }
-        if !matches!(word.state(), State::Merged | State::Zero) {
-            // Whoever had it is at it, or saw to it.
-            return Ok(0);
-        }
-        pause(50_000);
-    }
-    Err(Errno::AGAIN)
 }
 
 /// In a child that is not registered: no word is ours, and all that a write needs is a writable mapping, which the kernel copies.
@@ -352,7 +291,7 @@ pub(crate) fn nap() {
     pause(1_000_000);
 }
 
-fn pause(nanoseconds: i64) {
+pub(crate) fn pause(nanoseconds: i64) {
     let time = rustix::thread::Timespec {
         tv_sec: 0,
         tv_nsec: nanoseconds,

@@ -86,6 +86,14 @@ impl View {
         self.vanishing
     }
 
+    /// Makes a range writable that reaches beyond the view, into regions that adjoin it.
+    pub(crate) fn make_writable(&self, address: usize, bytes: usize) -> Result<(), Errno> {
+        let start = ptr::with_exposed_provenance_mut(address);
+        // SAFETY: pages of shared regions whose words the caller owns, all of which show frames or zeros privately, so that the kernel
+        // copies what is written.
+        unsafe { rustix::mm::mprotect(start, bytes, MprotectFlags::READ | MprotectFlags::WRITE) }
+    }
+
     /// Copies a page out of the view, whatever is written meanwhile. Only for pages that are backed or may become so.
     pub(crate) fn copy_out(&self, page: Page, into: &mut [u8; PAGE_SIZE]) {
         debug_assert!(!self.vanishing, "this memory is to be read with care");

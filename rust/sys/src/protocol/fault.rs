@@ -347,7 +347,7 @@ fn in_motion(word: Word) -> bool {
 
 /// Claims the whole stretch of pages around `page` that one mapping of frames (or of zeros) covers; gives everything back and
 /// returns `None` if any of it belongs to somebody else.
-fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
+pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
     let state = words.load(page).state();
     if !matches!(state, State::Merged | State::Zero) {
         return None;
@@ -358,7 +358,7 @@ fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
         if in_motion(before) {
             return None;
         }
-        if before.state() != state || !continues(before, words.load(first)) {
+        if !goes_on(before, words.load(first)) {
             break;
         }
         first = Page(first.0 - 1);
@@ -388,9 +388,28 @@ fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
     Some(span)
 }
 
+/// Whether one mapping may cover two neighbouring pages that show what their words say.
+pub(crate) fn goes_on(before: Word, after: Word) -> bool {
+    before.state() == after.state() && continues(before, after)
+}
+
 fn release_stretch<W: Words>(words: &W, span: Span, state: State) {
     for page in span.iter() {
         words.store(page, words.load(page).with_state(state));
+    }
+}
+
+/// Ends the claim of a stretch, whose pages are writable copies from now on, or show what they showed.
+pub(crate) fn end_claim<W: Words>(words: &W, span: Span, detached: bool) {
+    for page in span.iter() {
+        let word = words.load(page);
+        let next = match (detached, word.frame()) {
+            (false, _) => showing(word),
+            (true, Some(_)) => word.with_state(State::Detached),
+            // A page of zeros lies over no frame; it must not be taken for the object's own page when it is held.
+            (true, None) => word.with_state(State::Detached).with_frame(NO_STORE, Slot::ZERO),
+        };
+        words.store(page, next);
     }
 }
 
@@ -413,25 +432,11 @@ pub fn break_stretch<W: Words, M: Memory>(words: &W, memory: &M, page: Page) -> 
 /// The emergency: makes the faulting page's whole mapping writable, so that the kernel copies what is written, and marks its
 /// pages Detached. It needs neither a mapping nor a page of the object. `Ok(0)`: somebody else was at it; look again.
 pub fn detach_stretch<W: Words, M: Memory>(words: &W, memory: &M, page: Page) -> Result<u32, Errno> {
-    let state = words.load(page).state();
     let Some(span) = claim_stretch(words, page) else {
         return Ok(0);
     };
     let done = memory.protect(span, Access::ReadWrite);
-    if done.is_err() {
-        release_stretch(words, span, state);
-    } else {
-        for page in span.iter() {
-            let word = words.load(page).with_state(State::Detached);
-            // A page of zeros lies over no frame; it must not be taken for the object's own page when it is held.
-            let marked = if word.frame().is_none() {
-                word.with_frame(NO_STORE, Slot::ZERO)
-            } else {
-                word
-            };
-            words.store(page, marked);
-        }
-    }
+    end_claim(words, span, done.is_ok());
     done.map(|()| span.pages)
 }
 
