@@ -119,7 +119,7 @@ impl Foundings {
         pages
     }
 
-    /// The same, in a list that is there.
+    /// The same, in a list that is there; whether it would have taken more.
     pub(crate) fn end_into(&mut self, id: FoundingId, pages: &mut Vec<PageNumber>) -> bool {
         let was_open = self.close(id);
         let founding = &mut self.all[id.0 as usize];

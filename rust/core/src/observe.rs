@@ -199,13 +199,15 @@ impl Core {
         observations: &impl Observations,
     ) -> Found {
         let mut found = Found::default();
-        let mut each = [Observation::NONE; TOGETHER];
+        let (mut each, mut checksums) = ([Observation::NONE; TOGETHER], [Checksum(0); TOGETHER]);
         let (mut page, mut at) = (first, seen.start);
         while at < seen.end {
             // Never of two windows.
             let pages = (TOGETHER - page.0 as usize % TOGETHER).min(seen.end - at);
-            let unchanged = |checksums: &mut [Checksum]| observations.unchanged(at, checksums);
-            if !self.confirm_together(report, page, pages, unchanged) {
+            let checksums = &mut checksums[..pages];
+            let unchanged = !report.rests && report.comparable && observations.unchanged(at, checksums);
+            self.events.scanned += pages as u64;
+            if !unchanged || !self.are_candidates_still(page, checksums) {
                 let each = &mut each[..pages];
                 for (i, observation) in each.iter_mut().enumerate() {
                     *observation = observations.of(at + i);
@@ -220,43 +222,14 @@ impl Core {
         found
     }
 
-    /// Whether a few consecutive pages of one window all are candidates still, which needs no search. `unchanged` is
-    /// [`Observations::unchanged`] of them.
-    fn confirm_together(
-        &mut self,
-        report: &Report,
-        first: PageNumber,
-        pages: usize,
-        unchanged: impl FnOnce(&mut [Checksum]) -> bool,
-    ) -> bool {
-        if report.rests || !report.comparable || !self.unstable.may_confirm(first, pages as u32, self.pass) {
-            return false;
-        }
-        let mut checksums = [Checksum(0); TOGETHER];
-        let checksums = &mut checksums[..pages];
-        if !unchanged(checksums) || checksums.iter().any(|&checksum| self.is_zero(checksum)) {
-            return false;
-        }
-        let Some(unshared) = self.unstable.confirm_together(&mut self.pages, first, checksums) else {
-            return false;
-        };
-        self.events.scanned += pages as u64;
-        self.events.unshared += u64::from(unshared);
-        debug_assert!(
-            !checksums.iter().any(|checksum| self.has_an_equal(checksum.masked())),
-            "{first:?}"
-        );
-        true
-    }
-
     /// What was seen of a few consecutive pages. Those of which nothing is new need no search; the others' searches begin together.
     fn observe_together(&mut self, report: &Report, first: PageNumber, observations: &[Observation], epoch: Epoch) {
-        self.events.scanned += observations.len() as u64;
         let mut unsettled = [false; TOGETHER];
         let mut touched = 0;
         for (i, observation) in observations.iter().enumerate() {
             let page = first.plus(i as u32);
-            unsettled[i] = report.rests || !self.is_candidate_still(page, report.same(observation));
+            let same = report.same(observation).filter(|_| !report.rests);
+            unsettled[i] = !same.is_some_and(|content| self.are_candidates_still(page, &[content]));
         }
         for (observation, _) in observations.iter().zip(unsettled).filter(|&(_, unsettled)| unsettled) {
             if let Some(checksum) = report.content(observation, self.pace.is_requested()) {
@@ -355,17 +328,21 @@ impl Core {
         checksum.content(nodes) == self.zero.content(nodes) && self.tunables.use_zero_pages == 1
     }
 
-    /// Whether the page, its own and with this content, was a candidate in the pass before and nobody came by who is equal: then it
-    /// is one in this pass.
-    fn is_candidate_still(&mut self, page: PageNumber, content: Option<Checksum>) -> bool {
-        let is_still = content.is_some_and(|checksum| {
-            !self.is_zero(checksum) && self.unstable.confirm(&mut self.pages, page, checksum.tag(), self.pass)
-        });
-        if is_still {
-            self.mark(page, Mark::Unshared, true);
-            debug_assert!(!content.is_some_and(|checksum| self.has_an_equal(checksum)), "{page:?}");
+    /// Whether consecutive pages of one window, their own and with these contents, were candidates in the pass before and nobody came by
+    /// who is equal to one of them: then all are in this pass.
+    fn are_candidates_still(&mut self, first: PageNumber, contents: &[Checksum]) -> bool {
+        if contents.iter().any(|&checksum| self.is_zero(checksum)) {
+            return false;
         }
-        is_still
+        let Some(unmarked) = self.unstable.confirm(&mut self.pages, first, contents, self.pass) else {
+            return false;
+        };
+        self.events.unshared += u64::from(unmarked);
+        debug_assert!(
+            !contents.iter().any(|checksum| self.has_an_equal(checksum.masked())),
+            "{first:?}"
+        );
+        true
     }
 
     /// Whether a page of this content would not become a candidate.

@@ -268,20 +268,9 @@ impl Pages {
         window.metas[i].0 != before
     }
 
-    /// Sets the bit that tells passes apart to `odd` on a page that is filed under this tag and has memory of its own; `false` if it
-    /// is not filed so.
-    pub(crate) fn confirm(&mut self, page: PageNumber, tag: u32, odd: bool) -> bool {
-        let (window, i) = self.window_mut(page);
-        if !window.metas[i].is_filed() || window.slots[i] != tag {
-            return false;
-        }
-        self.mark(page, Mark::Odd, odd);
-        true
-    }
-
-    /// [`Pages::confirm`] of consecutive pages of one window, all of them or none: of pages filed under the tags of these
-    /// checksums. Marks them Unshared and tells how many were not.
-    pub(crate) fn confirm_together(&mut self, first: PageNumber, checksums: &[Checksum], odd: bool) -> Option<u32> {
+    /// Sets the bit that tells passes apart to `odd` on consecutive pages of one window, all of them or none, if they have memory of their
+    /// own and are filed under the tags of these checksums. Marks them Unshared and tells how many were not.
+    pub(crate) fn confirm(&mut self, first: PageNumber, checksums: &[Checksum], odd: bool) -> Option<u32> {
         let (window, i) = self.window_mut(first);
         let tags = &window.slots[i..][..checksums.len()];
         let metas = &mut window.metas[i..][..checksums.len()];

@@ -74,30 +74,25 @@ impl UnstableTree {
         self.table.insert(spread(tag), page.0, hash_in(pages));
     }
 
-    /// Makes a page that has memory of its own and is filed under this tag a candidate of this pass; the caller marks it Unshared.
-    /// `false` if it is not filed so, or if it is time to search.
-    pub(crate) fn confirm(&mut self, pages: &mut Pages, page: PageNumber, tag: u32, pass: u16) -> bool {
-        self.may_confirm(page, 1, pass) && pages.confirm(page, tag, self.odd)
-    }
-
-    /// Whether [`UnstableTree::confirm`] of consecutive pages of one window could tell anything but `false`.
-    pub(crate) fn may_confirm(&mut self, first: PageNumber, pages: u32, pass: u16) -> bool {
-        self.fresh = false;
-        let searched = u32::from(pass)
-            .wrapping_add(first.window())
-            .is_multiple_of(SEARCHED_ANYWAY);
-        self.kept && !searched && self.crowded_out.range(first..first.plus(pages)).next().is_none()
-    }
-
-    /// [`UnstableTree::confirm`] of consecutive pages of one window that may be confirmed, all of them or none; how many of them are to be
-    /// marked Unshared and were not, which is done here.
-    pub(crate) fn confirm_together(
+    /// Makes consecutive pages of one window candidates of this pass, all of them or none, if they have memory of their own and are filed
+    /// under the tags of these checksums; they are marked Unshared, and how many were not comes back. `None` if one is not filed so, or
+    /// if it is time to search.
+    pub(crate) fn confirm(
         &mut self,
         pages: &mut Pages,
         first: PageNumber,
         checksums: &[Checksum],
+        pass: u16,
     ) -> Option<u32> {
-        pages.confirm_together(first, checksums, self.odd)
+        self.fresh = false;
+        let searched = u32::from(pass)
+            .wrapping_add(first.window())
+            .is_multiple_of(SEARCHED_ANYWAY);
+        let mut crowded_out = self.crowded_out.range(first..first.plus(checksums.len() as u32));
+        if !self.kept || searched || crowded_out.next().is_some() {
+            return None;
+        }
+        pages.confirm(first, checksums, self.odd)
     }
 
     /// The candidate of this tag is not to be confirmed: there is a frame, or may be, that has room for it.
@@ -179,6 +174,10 @@ mod tests {
         (all, UnstableTree::default())
     }
 
+    fn confirm(tree: &mut UnstableTree, pages: &mut Pages, page: PageNumber, tag: u32, pass: u16) -> bool {
+        tree.confirm(pages, page, &[Checksum(tag.into())], pass).is_some()
+    }
+
     fn file(tree: &mut UnstableTree, pages: &mut Pages, page: u32, tag: u32) {
         let page = PageNumber(page);
         pages.mark(page, Mark::Item, true);
@@ -217,22 +216,28 @@ mod tests {
         }
         tree.begin_pass(&pages, true);
         assert!(!tree.has(&pages, page(1)), "not yet looked at");
-        assert!(tree.confirm(&mut pages, page(1), 1, 1) && tree.has(&pages, page(1)));
+        assert!(confirm(&mut tree, &mut pages, page(1), 1, 1) && tree.has(&pages, page(1)));
         assert_eq!(tree.find(&mut pages, 1), Some(page(1)));
-        assert!(!tree.confirm(&mut pages, page(2), 9, 1), "its bytes are others");
+        assert!(!confirm(&mut tree, &mut pages, page(2), 9, 1), "its bytes are others");
         assert!(
-            !tree.confirm(&mut pages, page(2), 2, SEARCHED_ANYWAY as u16),
+            !confirm(&mut tree, &mut pages, page(2), 2, SEARCHED_ANYWAY as u16),
             "each is searched for now and then"
         );
         tree.crowd_out(&pages, 2);
-        assert!(!tree.confirm(&mut pages, page(2), 2, 1), "it may have an equal frame");
+        assert!(
+            !confirm(&mut tree, &mut pages, page(2), 2, 1),
+            "it may have an equal frame"
+        );
         tree.remove(&mut pages, page(2));
         file(&mut tree, &mut pages, 2, 2);
-        assert!(tree.confirm(&mut pages, page(2), 2, 1), "it was looked for");
+        assert!(confirm(&mut tree, &mut pages, page(2), 2, 1), "it was looked for");
         // Somebody else with the same bytes comes first.
         assert_eq!(tree.find(&mut pages, 3), None);
         file(&mut tree, &mut pages, 7, 3);
-        assert!(!tree.confirm(&mut pages, page(3), 3, 1), "it has to meet the other");
+        assert!(
+            !confirm(&mut tree, &mut pages, page(3), 3, 1),
+            "it has to meet the other"
+        );
         assert_eq!(tree.find(&mut pages, 3), Some(page(7)));
         // Left out for some passes, it comes back.
         for passes in 0..3 {
@@ -240,7 +245,7 @@ mod tests {
             tree.begin_pass(&pages, true);
             assert!(!tree.has(&pages, page(4)));
         }
-        assert!(tree.confirm(&mut pages, page(4), 4, 1));
+        assert!(confirm(&mut tree, &mut pages, page(4), 4, 1));
         pages.mark(page(4), Mark::Unshared, true);
         assert_eq!(tree.find(&mut pages, 4), Some(page(4)));
         assert_eq!(tree.find(&mut pages, 1), None, "of a pass before");
@@ -254,11 +259,11 @@ mod tests {
             tree.begin_pass(&pages, true);
             tree.begin_pass(&pages, false);
             assert!(!tree.has(&pages, PageNumber(1)));
-            assert!(tree.confirm(&mut pages, PageNumber(1), 5, 1));
+            assert!(confirm(&mut tree, &mut pages, PageNumber(1), 5, 1));
         }
         tree.begin_pass(&pages, false);
         assert!(
-            !tree.confirm(&mut pages, PageNumber(1), 5, 1),
+            !confirm(&mut tree, &mut pages, PageNumber(1), 5, 1),
             "the pass was left in the middle"
         );
     }
@@ -280,10 +285,10 @@ mod tests {
                     tree.begin_pass(&pages, true);
                 }
             }
-            assert!(!tree.confirm(&mut pages, page, 5, 1));
+            assert!(!confirm(&mut tree, &mut pages, page, 5, 1));
             tree.leave_out(&mut pages, page);
             tree.begin_pass(&pages, true);
-            assert!(!tree.confirm(&mut pages, page, 5, 1), "it is in no table");
+            assert!(!confirm(&mut tree, &mut pages, page, 5, 1), "it is in no table");
             assert_eq!(tree.find(&mut pages, 5), None);
         }
     }

@@ -6,7 +6,8 @@
 
 use crate::object::PAGE_SIZE;
 use crate::protocol::{
-    Kind, Memory, Page, Span, Words, break_stretch, claim_stretch, detach_stretch, end_claim, goes_on,
+    Kind, Memory, Page, Span, Words, break_stretch, claim_stretch, detach_stretch, end_claim, goes_on, in_motion,
+    showing,
 };
 use crate::registry::{self, Area};
 use crate::signal::{self, BREAKS, DETACHED};
@@ -120,20 +121,6 @@ fn claim_beside(era: u32, low: &mut usize, high: &mut usize) -> bool {
         let page = found.area.view.page_at(address).filter(|_| ours)?;
         Some((found, page))
     };
-    // Of claimed pages the word tells what they showed: nothing but the state is another.
-    let shows = |area: &Area, page: Page| {
-        let word = area.words.load(page);
-        let state = if word.frame().is_some() {
-            State::Merged
-        } else {
-            State::Zero
-        };
-        if word.state() == State::Breaking {
-            word.with_state(state)
-        } else {
-            word
-        }
-    };
     for below in [true, false] {
         loop {
             let (outer, inner) = if below { (*low - 1, *low) } else { (*high, *high - 1) };
@@ -143,16 +130,17 @@ fn claim_beside(era: u32, low: &mut usize, high: &mut usize) -> bool {
             if found.area.view.base() == edge.area.view.base() {
                 break;
             }
-            let (theirs, ours) = (found.area.words.load(page), shows(&edge.area, last));
+            // Ours is claimed, and its word tells what it showed.
+            let (theirs, ours) = (found.area.words.load(page), showing(edge.area.words.load(last)));
+            if in_motion(theirs) {
+                return false;
+            }
             let one = if below {
                 goes_on(theirs, ours)
             } else {
                 goes_on(ours, theirs)
             };
-            if !one || !matches!(theirs.state(), State::Merged | State::Zero) {
-                if theirs.state().is_transient() || theirs.state() == State::Frozen {
-                    return false;
-                }
+            if !one {
                 break;
             }
             let Some(span) = claim_stretch(&found.area.words, page) else {

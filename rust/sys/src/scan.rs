@@ -37,6 +37,11 @@ const fn looks_unread(kind: Kind) -> u32 {
     }
 }
 
+/// Whether a checksum word has a checksum.
+fn is_there(word: &AtomicU64) -> bool {
+    ChecksumWord(word.load(Ordering::Relaxed)).checksum48().is_some()
+}
+
 /// Pages that are cheaper looked at with their neighbours than left out between two system calls.
 const GAP: u32 = 16;
 
@@ -240,10 +245,9 @@ impl Region {
     /// Whether all pages of a span of which nothing may have been written are to be left at what is known of them: the usual case,
     /// without a decision per page.
     fn is_known(&self, span: Span, tools: &ScanTools) -> bool {
-        let known = |word: &AtomicU64| ChecksumWord(word.load(Ordering::Relaxed)).checksum48().is_some();
         tools.written.is_empty()
             && tools.words.iter().all(|word| word.state() == State::Private)
-            && self.checksums(span).iter().all(known)
+            && self.checksums(span).iter().all(is_there)
     }
 
     /// Tells the pages that need no reading, since nobody wrote them, from the stretches that have to be looked at more closely, if there
@@ -267,8 +271,7 @@ impl Region {
                 State::Broken => self.kind() == Kind::Private,
                 _ => false,
             };
-            let known = ChecksumWord(checksum.load(Ordering::Relaxed)).checksum48().is_some();
-            if own && known && !tools.written.has(at) {
+            if own && is_there(checksum) && !tools.written.has(at) {
                 tools.clean.set(at);
                 continue;
             }

@@ -341,7 +341,7 @@ pub(super) fn continues(before: Word, after: Word) -> bool {
 }
 
 /// Whether a page may lie in the same mapping though its word does not say so now: then nobody knows where the mapping ends.
-fn in_motion(word: Word) -> bool {
+pub(crate) fn in_motion(word: Word) -> bool {
     word.state().is_transient() || word.state() == State::Frozen
 }
 
@@ -368,21 +368,21 @@ pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
     while span.end().0 < words.pages() {
         let word = words.load(span.end());
         if in_motion(word) {
-            release_stretch(words, span, state);
+            end_claim(words, span, false);
             return None;
         }
         if word.state() != state || last.is_some_and(|last| !continues(last, word)) {
             break;
         }
         if !words.cas(span.end(), word, word.with_state(State::Breaking)) {
-            release_stretch(words, span, state);
+            end_claim(words, span, false);
             return None;
         }
         last = Some(word);
         span.pages += 1;
     }
     if page >= span.end() {
-        release_stretch(words, span, state);
+        end_claim(words, span, false);
         return None;
     }
     Some(span)
@@ -391,12 +391,6 @@ pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
 /// Whether one mapping may cover two neighbouring pages that show what their words say.
 pub(crate) fn goes_on(before: Word, after: Word) -> bool {
     before.state() == after.state() && continues(before, after)
-}
-
-fn release_stretch<W: Words>(words: &W, span: Span, state: State) {
-    for page in span.iter() {
-        words.store(page, words.load(page).with_state(state));
-    }
 }
 
 /// Ends the claim of a stretch, whose pages are writable copies from now on, or show what they showed.

@@ -492,7 +492,7 @@ pub fn settle<W: Words, M: Memory>(words: &W, memory: &M, span: Span, alone: boo
 }
 
 /// The word of a shared page that shows what it showed before somebody owned it: its frame, or zeros.
-pub(super) fn showing(word: Word) -> Word {
+pub(crate) fn showing(word: Word) -> Word {
     let shows = if word.frame().is_some() {
         State::Merged
     } else {
