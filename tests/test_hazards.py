@@ -19,6 +19,26 @@ arrays = [region.array(np.uint8, contents.size) for region in regions]
 """
 
 
+AT_THE_LIMIT = """
+import ctypes, mmap
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+limit = int(open("/proc/sys/vm/max_map_count").read())
+base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
+assert base != ctypes.c_void_p(-1).value
+used = 0
+def take_all_mappings():
+    global used
+    while libc.mprotect(base + used * 8192, 4096, 1) == 0:
+        used += 1
+        assert used < limit + 1000
+def give_mappings_back():
+    libc.mprotect(base, (limit + 1000) * 8192, 0)
+"""
+
+
 def hazard(program: str, shared: bool, returncode: int = 0, seconds: float = 120) -> str:
     program = MERGED.format(shared=shared) + textwrap.dedent(program)
     return run(program, returncode=returncode, seconds=seconds)
@@ -152,29 +172,19 @@ def test_a_signal_handler_writes_merged_memory(shared: bool) -> None:
 
 def test_at_the_mapping_limit_every_write_succeeds(shared: bool) -> None:
     hazard(
-        """
-        import ctypes, mmap
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        limit = int(open("/proc/sys/vm/max_map_count").read())
-        base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
-        assert base != ctypes.c_void_p(-1).value
+        AT_THE_LIMIT
+        + textwrap.dedent("""
         flags = np.empty(contents.shape, bool)  # NumPy must not need a mapping while there is none
-        count = 0
-        while libc.mprotect(base + count * 8192, 4096, 1) == 0:
-            count += 1
-            assert count < limit + 1000
+        take_all_mappings()
         for page in range(0, 256, 2):
             arrays[0][page * 4096] ^= 0xFF
         for page in range(0, 256, 2):
             arrays[0][page * 4096] ^= 0xFF
         assert all(np.equal(array, contents, out=flags).all() for array in arrays)
-        libc.mprotect(base, (limit + 1000) * 8192, 0)
+        give_mappings_back()
         wait_merged(512, *regions)
         assert all((array == contents).all() for array in arrays)
-        """,
+        """),
         shared,
         seconds=240,
     )
@@ -184,13 +194,9 @@ def test_at_the_mapping_limit_every_write_succeeds(shared: bool) -> None:
 def test_at_the_mapping_limit_regions_that_share_a_mapping_are_written(zeros: bool) -> None:
     """The kernel joins mappings of adjoining regions; where none can be split, what lies in all of them is made writable."""
     run(
-        f"""
-        import ctypes, mmap
+        AT_THE_LIMIT
+        + textwrap.dedent(f"""
         zeros, part, count = {zeros}, 2 << 20, 6
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-        libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         memory = mmap.mmap(-1, count * part)
         array = np.frombuffer(memory, np.uint8)
         contents = np.zeros(array.shape, np.uint8)
@@ -207,21 +213,15 @@ def test_at_the_mapping_limit_regions_that_share_a_mapping_are_written(zeros: bo
             return stats.ksm_zero_pages == pages if zeros else stats.ksm_merging_pages == 2 * pages
         wait_for(merged, "merging", 60)
         ksmrs.tunables.run = 0
-        limit = int(open("/proc/sys/vm/max_map_count").read())
-        base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
-        assert base != ctypes.c_void_p(-1).value
         flags = np.empty(contents.shape, bool)
-        used = 0
         for page in range(1, pages, 101):
-            while libc.mprotect(base + used * 8192, 4096, 1) == 0:
-                used += 1
-                assert used < limit + 1000
+            take_all_mappings()
             array[page * 4096] ^= 0xFF
             contents[page * 4096] ^= 0xFF
         assert np.equal(array, contents, out=flags).all()
-        libc.mprotect(base, (limit + 1000) * 8192, 0)
+        give_mappings_back()
         os._exit(0)
-        """,
+        """),
         seconds=100,
     )
 

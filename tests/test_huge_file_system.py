@@ -6,20 +6,14 @@ system is a tmpfs that the test mounts, which needs root.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from children import Child, state_of, wait_for
-from test_shared import OUTSIDER
-from test_small_file_system import MNT_DETACH
+from file_systems import check_who_comes_after, mounted
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
@@ -30,16 +24,8 @@ SIZE = 4 * MIB
 @pytest.fixture
 def file_system(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A tmpfs whose huge pages are as the parameter says."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    path = tmp_path / "huge"
-    path.mkdir()
-    options = f"size={16 * SIZE},huge={request.param}"
-    if libc.mount(b"none", str(path).encode(), b"tmpfs", 0, options.encode()) != 0:
-        pytest.skip(f"no tmpfs with {options} can be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
+    with mounted(tmp_path / "huge", f"size={16 * SIZE},huge={request.param}") as path:
         yield path
-    finally:
-        assert libc.umount2(str(path).encode(), MNT_DETACH) == 0
 
 
 PROGRAM = """
@@ -117,13 +103,5 @@ def test_whoever_comes_after_the_process_finds_every_byte(
         size=SIZE,
         expected=str(tmp_path / "expected"),
     )
-    with Child(program) as child:
-        wait_for(lambda: state_of(child.pid) in "TZ", "the end of what the child does", 60)
-        opened = subprocess.run(
-            [sys.executable, "-c", OUTSIDER, file_system / "b"], check=True, stdout=subprocess.PIPE, timeout=60
-        )
-        assert opened.stdout == (tmp_path / "expected").read_bytes()
-        if stops:
-            os.kill(child.pid, signal.SIGCONT)
-        child.end(returncode=0 if stops else -9)
+    check_who_comes_after(program, file_system / "b", tmp_path / "expected", stops=stops)
     assert (file_system / "a").read_bytes() == contents[0].tobytes()

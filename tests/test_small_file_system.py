@@ -5,11 +5,9 @@ The file system is a tmpfs of a few MiB that the test mounts, which needs root; 
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +16,8 @@ from pathlib import Path
 import pytest
 
 import ksmrs
-from children import Child, run, state_of, wait_for
+from children import run, wait_for
+from file_systems import check_who_comes_after, mounted
 from test_adopt import CONTENT, PAGES, merge, merged_pages
 from test_shared import OUTSIDER
 
@@ -26,21 +25,13 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 
 MIB = 1 << 20
 SIZE = 8 * MIB
-MNT_DETACH = 2
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 8 MiB."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    path = tmp_path / "small"
-    path.mkdir()
-    if libc.mount(b"none", str(path).encode(), b"tmpfs", 0, f"size={SIZE}".encode()) != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {os.strerror(ctypes.get_errno())}")
-    try:
+    with mounted(tmp_path / "small", f"size={SIZE}") as path:
         yield path
-    finally:
-        assert libc.umount2(str(path).encode(), MNT_DETACH) == 0
 
 
 def room(folder: Path) -> int:
@@ -229,14 +220,5 @@ def test_what_got_no_room_leaves_no_page_half_made(small: Path, tmp_path: Path, 
         pages=PAGES,
         expected=str(tmp_path / "expected"),
     )
-    with Child(program) as child:
-        wait_for(lambda: state_of(child.pid) in "TZ", "the end of what the child does", 60)
-        (small / "junk").unlink(missing_ok=True)
-        opened = subprocess.run(
-            [sys.executable, "-c", OUTSIDER, small / "b"], check=True, stdout=subprocess.PIPE, timeout=60
-        )
-        assert opened.stdout == (tmp_path / "expected").read_bytes()
-        if stops:
-            os.kill(child.pid, signal.SIGCONT)
-        child.end(returncode=0 if stops else -9)
+    check_who_comes_after(program, small / "b", tmp_path / "expected", stops=stops)
     assert (small / "a").read_bytes() == CONTENT.tobytes()
