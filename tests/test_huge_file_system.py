@@ -35,15 +35,24 @@ PROGRAM = """
     class Piece(ctypes.Structure):
         _fields_ = [("base", ctypes.c_void_p), ("bytes", ctypes.c_size_t)]
     folder, collapse, referred, equal, written, stops = {folder!r}, {collapse}, {referred}, {equal}, {written}, {stops}
-    memories, pipes = [], []
+    HUGE = 2 << 20
+    def start(memory):
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    memories, pipes, below = [], [], []
     for name in "ab":
         with open(folder + "/" + name, "r+b") as file:
             memory = mmap.mmap(file.fileno(), {size})
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            # Huge pages have to lie in the file as they do in memory, and the next mapping comes right below the last one.
+            while collapse and start(memory) % HUGE:
+                rest = start(memory) % HUGE
+                memory.close()
+                below.append(mmap.mmap(-1, rest))
+                memory = mmap.mmap(file.fileno(), {size})
+        address = start(memory)
         if collapse:
-            first = -(-address // (2 << 20)) * (2 << 20)
-            whole = (address + len(memory) - first) // (2 << 20) * (2 << 20)
-            assert libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(whole), MADV_COLLAPSE) == 0, "no huge page"
+            # EAGAIN where a page is on its way just now.
+            done = lambda: libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), MADV_COLLAPSE) == 0
+            wait_for(done, "huge pages")
         ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
         for page in range(1, len(memory) // 4096, 512) if referred else ():
             pipes.append(os.pipe())

@@ -260,13 +260,15 @@ fn shown(session: &Session, part: &Part, index: u32) -> Shown {
     let named = word.frame() == Some((session.store, proposed));
     match word.checked_state() {
         Some(State::Zero) if zero => Shown::Merged,
-        // A break on its way still refers to the frame; where it ends is seen by the next scan. So does a freeze of a page that
-        // was merged already.
-        Some(State::Merged | State::Detached | State::Committing | State::Breaking | State::Homed) if named => {
+        Some(State::Merged | State::Detached) if named => Shown::Merged,
+        // Whoever is at it may be reading the frame: a break on its way, a page that is copied to leave, a freeze of one that was
+        // merged already. Where it ends is seen by the next scan.
+        Some(State::Freezing | State::Frozen | State::Committing | State::Breaking | State::Homed | State::Leaving)
+            if named =>
+        {
             Shown::Merged
         }
-        Some(State::Freezing | State::Frozen) if named => Shown::Merged,
-        Some(State::Broken | State::Held | State::Leaving) if named && !zero => Shown::Covering,
+        Some(State::Broken | State::Held) if named && !zero => Shown::Covering,
         _ => Shown::No,
     }
 }

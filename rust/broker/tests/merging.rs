@@ -5,10 +5,11 @@ mod fake;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use fake::{Broker, FakeClient, PATIENCE, connect, wait_for};
 use ksmrs_broker::runtime_dir::RuntimeDir;
-use ksmrs_broker::wire::{Answer, ErrorCode, Question, ToBroker};
+use ksmrs_broker::wire::{Answer, ErrorCode, Question, ToBroker, ToClient};
 use ksmrs_broker::{BrokerOptions, Started, run_broker};
 use ksmrs_sys::peer::{Peer, Wait};
 use ksmrs_sys::{State, Word};
@@ -111,6 +112,35 @@ fn what_an_epoch_still_shows_is_kept() {
     drop(client.turn_life());
     assert_eq!(client.counter("store_bytes"), 4096);
     drop(child);
+    client.until("store_bytes", 0);
+}
+
+/// Pages merge while the program opts them out: when the broker hears of the merge, they are being copied from the frame.
+#[test]
+fn what_is_leaving_shows_its_frame_until_it_has_left() {
+    let broker = Broker::start("leaving");
+    let mut client = FakeClient::new(&broker);
+    let region = client.join([7; 8]);
+    let ToClient::Map { order, runs, .. } = client.work_until(|message| matches!(message, ToClient::Map { .. })) else {
+        unreachable!("the filter lets nothing else through")
+    };
+    let outcomes = runs.iter().map(|run| client.map(run)).collect();
+    for index in 0..8 {
+        client.store_word(index, client.word(index).with_state(State::Leaving));
+    }
+    client.send(ToBroker::Mapped {
+        order,
+        outcomes,
+        cpu_micros: 0,
+    });
+    // What was not shown after all is let go with its epoch.
+    drop(client.turn_life());
+    let until = Instant::now() + Duration::from_millis(300);
+    while Instant::now() < until {
+        assert_eq!(client.counter("store_bytes"), 4096, "it is being copied");
+    }
+    client.leave(region, 8);
+    drop(client.turn_life());
     client.until("store_bytes", 0);
 }
 

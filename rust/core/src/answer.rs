@@ -16,7 +16,7 @@ use crate::{Core, FoundingId};
 /// What became of one run of a Map order; bit `i % 64` of word `i / 64` is its `i`th page.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RunOutcome {
-    /// Pages whose word is Merged, Zero or Detached with the slot proposed, or on its way from there.
+    /// Pages whose word is Merged, Zero or Detached with the slot proposed, or on its way from there: somebody may still read the frame.
     pub merged: [u64; 8],
     /// Pages whose word is Broken or Held with the slot proposed: written since they were merged.
     pub covering: [u64; 8],

@@ -392,7 +392,8 @@ impl FakeClient {
         self.send(answer);
     }
 
-    fn map(&mut self, run: &Run) -> RunOutcome {
+    /// Shows the frames of a run where they are equal.
+    pub fn map(&mut self, run: &Run) -> RunOutcome {
         let merged = Bits::collect(u32::from(run.pages), |i| {
             let index = run.first_word + i;
             let zero = run.slot == Slot::ZERO.0;
