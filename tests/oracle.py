@@ -348,15 +348,16 @@ class Outsider(threading.Thread):
         if not halves.any():
             return  # just made
         self.opened += 1
+        there = np.flatnonzero(halves.any(axis=1))
         filled = self._filled.get(path, 0)
-        missing = np.flatnonzero(~halves[:filled].any(axis=1))
+        missing = np.setdiff1d(np.arange(filled), there)
         strange = ~known[np.arange(HALF), halves].all(axis=1)
         if len(missing) or strange[:filled].any():
             strangers = np.flatnonzero(strange[:filled])
             raise Wrong(f"{path}: an outsider found zeros in halves {missing[:9]}, strangers in {strangers[:9]}")
         # A worker that has not come so far yet has written none of the pages after these. It goes on while this one reads,
         # so only later looks are judged by it.
-        last = np.flatnonzero(halves.any(axis=1))[-1]
+        last = there[-1]
         self._filled[path] = max(filled, last - THREADS if strange.any() else len(halves))
 
 

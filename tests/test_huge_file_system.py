@@ -43,8 +43,7 @@ PROGRAM = """
         with open(folder + "/" + name, "r+b") as file:
             memory = mmap.mmap(file.fileno(), {size})
             # Huge pages have to lie in the file as they do in memory, and the next mapping comes right below the last one.
-            while collapse and start(memory) % HUGE:
-                rest = start(memory) % HUGE
+            while collapse and (rest := start(memory) % HUGE):
                 memory.close()
                 below.append(mmap.mmap(-1, rest))
                 memory = mmap.mmap(file.fileno(), {size})

@@ -5,7 +5,6 @@ mod fake;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
 
 use fake::{Broker, FakeClient, PATIENCE, connect, wait_for};
 use ksmrs_broker::runtime_dir::RuntimeDir;
@@ -135,10 +134,7 @@ fn what_is_leaving_shows_its_frame_until_it_has_left() {
     });
     // What was not shown after all is let go with its epoch.
     drop(client.turn_life());
-    let until = Instant::now() + Duration::from_millis(300);
-    while Instant::now() < until {
-        assert_eq!(client.counter("store_bytes"), 4096, "it is being copied");
-    }
+    client.keeps("store_bytes", 4096, "it is being copied");
     client.leave(region, 8);
     drop(client.turn_life());
     client.until("store_bytes", 0);

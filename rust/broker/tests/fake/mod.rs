@@ -454,6 +454,14 @@ impl FakeClient {
         );
     }
 
+    /// Works for a while, through which a counter keeps its value.
+    pub fn keeps(&mut self, name: &str, value: i64, why: &str) {
+        let begun = std::time::Instant::now();
+        while begun.elapsed() < Duration::from_millis(300) {
+            assert_eq!(self.counter(name), value, "{name}: {why}");
+        }
+    }
+
     /// Works until a counter has a value.
     pub fn until(&mut self, name: &str, value: i64) {
         let begun = std::time::Instant::now();
