@@ -9,6 +9,7 @@ failpoints that the scene names; without a mutant every scene passes.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import signal
 import subprocess
@@ -20,7 +21,9 @@ from typing import Any
 
 import numpy as np
 
+import children
 import ksmrs
+from ksmrs import _adopt, _ksmrs
 
 PAGE = 4096
 PAGES = 256
@@ -257,6 +260,38 @@ def writer_in_the_freeze(seconds: float = 25) -> None:
     check(twin, expected, "twin")
 
 
+def left_while_merging(rounds: int = 3) -> None:
+    """Two mappings merge with each other and leave, the second while the broker hears that they show its frames."""
+    for seed in range(rounds):
+        expected = content(seed)
+        both = [mmap.mmap(-1, expected.size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2)]
+        for mapping in both:
+            mapping[:] = expected.tobytes()
+            ksmrs.madvise(mapping, ksmrs.MADV_MERGEABLE)
+        regions = [region for hold in list(_adopt._holds.values()) for region in hold.regions]
+
+        def states(regions: list[_ksmrs.Adopted] = regions) -> set[int]:
+            return {state for region in regions for state in region.page_states()}
+
+        merging = threading.Thread(target=ksmrs.merge, args=(10,))
+        leaving = threading.Thread(target=ksmrs.madvise, args=(both[1], ksmrs.MADV_UNMERGEABLE))
+        merging.start()
+        children.wait_for(lambda: ksmrs.PageState.COMMITTING in states(), "a proposal")
+        (broker,) = children.brokers_in(Path(os.environ["KSMRS_RUNTIME_DIR"]))
+        os.kill(broker, signal.SIGSTOP)
+        try:
+            children.wait_for(lambda: states() == {ksmrs.PageState.MERGED}, "the merge")
+            ksmrs.madvise(both[0], ksmrs.MADV_UNMERGEABLE)
+            leaving.start()
+            children.wait_for(lambda: ksmrs.PageState.LEAVING in states(), "a page that leaves")
+        finally:
+            os.kill(broker, signal.SIGCONT)
+        for thread in (leaving, merging):
+            thread.join()
+        for mapping in both:
+            check(np.frombuffer(mapping, np.uint8), expected, f"round {seed}")
+
+
 SCENES = {
     "children-show-frames": children_show_frames,
     "born-children-show-frames": born_children_show_frames,
@@ -265,6 +300,7 @@ SCENES = {
     "late-answer": late_answer,
     "late-answer-victim": late_answer_victim,
     "writer-in-the-freeze": writer_in_the_freeze,
+    "left-while-merging": left_while_merging,
 }
 
 if __name__ == "__main__":

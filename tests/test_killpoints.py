@@ -70,7 +70,11 @@ chance = np.random.default_rng(3)
 until = time.monotonic() + 60
 while time.monotonic() < until:
     spare = contents.copy()
+    # And memory that leaves while some of it merges.
+    plain = bytearray(contents)
+    ksmrs.madvise(plain, ksmrs.MADV_MERGEABLE)
     ksmrs.merge(1)
+    ksmrs.madvise(plain, ksmrs.MADV_UNMERGEABLE)
     for region in regions:
         first = int(chance.integers(PAGES // 2)) * 4096
         for advice in (ksmrs.MADV_UNMERGEABLE, ksmrs.MADV_MERGEABLE):

@@ -30,6 +30,7 @@ SCENES = {
     "unregistered-forgotten": ("unregistered-siblings-show-frames", ""),
     "moved-frame-freed": ("frames-move", ""),
     "proposal-freed-on-timeout": ("late-answer", ""),
+    "leaving-covers": ("left-while-merging", "merge-mapped=delay:200000;leave-claimed=delay:1000000"),
     "handler-without-claim": ("writer-in-the-freeze", "merge-frozen=delay:3000;merge-committing=delay:3000"),
 }
 

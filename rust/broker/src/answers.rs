@@ -8,6 +8,7 @@ use std::time::Duration;
 use ksmrs_core::{Checksum, Epoch, Observation, Observations, OrderId, RunFailure, Seen, Slot};
 use ksmrs_sys::checksum::ChecksumWord;
 use ksmrs_sys::failpoint::{self, Failpoint};
+use ksmrs_sys::mutant::{self, Mutant};
 use ksmrs_sys::{EXTENT_PAGES, State, StoreNumber, Word};
 
 use crate::domain::{Domain, Part, Task};
@@ -260,14 +261,11 @@ fn shown(session: &Session, part: &Part, index: u32) -> Shown {
     let named = word.frame() == Some((session.store, proposed));
     match word.checked_state() {
         Some(State::Zero) if zero => Shown::Merged,
+        Some(State::Leaving) if named && mutant::active(Mutant::LeavingCovers) => Shown::Covering,
         Some(State::Merged | State::Detached) if named => Shown::Merged,
         // Whoever is at it may be reading the frame: a break on its way, a page that is copied to leave, a freeze of one that was
         // merged already. Where it ends is seen by the next scan.
-        Some(State::Freezing | State::Frozen | State::Committing | State::Breaking | State::Homed | State::Leaving)
-            if named =>
-        {
-            Shown::Merged
-        }
+        Some(state) if named && state.is_in_motion() => Shown::Merged,
         Some(State::Broken | State::Held) if named && !zero => Shown::Covering,
         _ => Shown::No,
     }

@@ -32,6 +32,8 @@ pub enum Failpoint {
     TakeBack,
     /// An unmerge owns private pages, not copied yet.
     UnmergeClaimed,
+    /// Private pages are about to be copied to plain memory, for their region leaves.
+    LeaveClaimed,
     /// A block of the heap was chosen to take part, and does not yet.
     BlockChosen,
     /// It is wanted still, and whoever opens it is alone.
@@ -54,7 +56,7 @@ pub enum Failpoint {
 
 impl Failpoint {
     /// Every failpoint with its name.
-    pub const ALL: [(&'static str, Failpoint); 21] = [
+    pub const ALL: [(&'static str, Failpoint); 22] = [
         ("merge-compared", Failpoint::MergeCompared),
         ("merge-freezing", Failpoint::MergeFreezing),
         ("merge-frozen", Failpoint::MergeFrozen),
@@ -67,6 +69,7 @@ impl Failpoint {
         ("break-mapped", Failpoint::BreakMapped),
         ("take-back", Failpoint::TakeBack),
         ("unmerge-claimed", Failpoint::UnmergeClaimed),
+        ("leave-claimed", Failpoint::LeaveClaimed),
         ("block-chosen", Failpoint::BlockChosen),
         ("block-wanted", Failpoint::BlockWanted),
         ("block-opens", Failpoint::BlockOpens),

@@ -25,11 +25,13 @@ pub enum Mutant {
     WitnessAskedEarly = 8,
     /// A break fills the home of pages, too, that had it all along and are being written.
     BridgeFilled = 9,
+    /// The broker takes pages that are being copied from their frames, to leave, for written.
+    LeavingCovers = 10,
 }
 
 impl Mutant {
     /// Every mutant of this crate with its name.
-    pub const ALL: [(&'static str, Mutant); 9] = [
+    pub const ALL: [(&'static str, Mutant); 10] = [
         ("no-freeze", Mutant::NoFreeze),
         ("compare-before-freeze", Mutant::CompareBeforeFreeze),
         ("punch-before-map", Mutant::PunchBeforeMap),
@@ -39,6 +41,7 @@ impl Mutant {
         ("arm-after-read", Mutant::ArmAfterRead),
         ("witness-asked-early", Mutant::WitnessAskedEarly),
         ("bridge-filled", Mutant::BridgeFilled),
+        ("leaving-covers", Mutant::LeavingCovers),
     ];
 }
 

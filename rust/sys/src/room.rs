@@ -6,8 +6,7 @@
 
 use crate::object::PAGE_SIZE;
 use crate::protocol::{
-    Kind, Memory, Page, Span, Words, break_stretch, claim_stretch, detach_stretch, end_claim, goes_on, in_motion,
-    showing,
+    Kind, Memory, Page, Span, Words, break_stretch, claim_stretch, detach_stretch, end_claim, goes_on, showing,
 };
 use crate::registry::{self, Area};
 use crate::signal::{self, BREAKS, DETACHED};
@@ -132,7 +131,7 @@ fn claim_beside(era: u32, low: &mut usize, high: &mut usize) -> bool {
             }
             // Ours is claimed, and its word tells what it showed.
             let (theirs, ours) = (found.area.words.load(page), showing(edge.area.words.load(last)));
-            if in_motion(theirs) {
+            if theirs.state().is_in_motion() {
                 return false;
             }
             let one = if below {

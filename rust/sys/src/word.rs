@@ -71,6 +71,11 @@ impl State {
         )
     }
 
+    /// Whether the page is on its way from one place to another: it may be read where it was, and nobody knows what maps it.
+    pub const fn is_in_motion(self) -> bool {
+        self.is_transient() || matches!(self, State::Frozen)
+    }
+
     /// The state's name as docs, stats and errors spell it.
     pub const fn name(self) -> &'static str {
         match self {

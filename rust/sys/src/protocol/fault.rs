@@ -340,11 +340,6 @@ pub(super) fn continues(before: Word, after: Word) -> bool {
     }
 }
 
-/// Whether a page may lie in the same mapping though its word does not say so now: then nobody knows where the mapping ends.
-pub(crate) fn in_motion(word: Word) -> bool {
-    word.state().is_transient() || word.state() == State::Frozen
-}
-
 /// Claims the whole stretch of pages around `page` that one mapping of frames (or of zeros) covers; gives everything back and
 /// returns `None` if any of it belongs to somebody else.
 pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
@@ -355,7 +350,7 @@ pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
     let mut first = page;
     while first.0 > 0 {
         let before = words.load(Page(first.0 - 1));
-        if in_motion(before) {
+        if before.state().is_in_motion() {
             return None;
         }
         if !goes_on(before, words.load(first)) {
@@ -367,7 +362,7 @@ pub(crate) fn claim_stretch<W: Words>(words: &W, page: Page) -> Option<Span> {
     let mut last: Option<Word> = None;
     while span.end().0 < words.pages() {
         let word = words.load(span.end());
-        if in_motion(word) {
+        if word.state().is_in_motion() {
             end_claim(words, span, false);
             return None;
         }

@@ -32,7 +32,7 @@ mod release;
 mod witness;
 
 pub use fault::{Broken, Resolution, break_stretch, dense_block, detach_stretch, write_fault};
-pub(crate) use fault::{claim_stretch, end_claim, goes_on, in_motion};
+pub(crate) use fault::{claim_stretch, end_claim, goes_on};
 pub use lend::{is_being_lent, lend, reclaim};
 pub(crate) use merge::showing;
 pub use merge::{Claims, MAX_RUN, MergeRun, Verdict, bring_home, merge_run, settle};

@@ -197,6 +197,7 @@ fn leave_private<W: Words, M: Memory>(
         plain &= is_plain(word);
         claimed.pages += 1;
     }
+    failpoint::hit(Failpoint::LeaveClaimed);
     let done = if !plain {
         memory
             .protect(claimed, Access::ReadOnly)

@@ -265,10 +265,7 @@ impl World {
         let kernel = self.kernel.lock().unwrap();
         for (page, mapped) in kernel.mapped.iter().enumerate() {
             let word = self.load(Page(page as u32));
-            assert!(
-                !word.state().is_transient() && word.state() != State::Frozen,
-                "page {page} left as {word:?}"
-            );
+            assert!(!word.state().is_in_motion(), "page {page} left as {word:?}");
             let shared = kernel.kind == Kind::Shared;
             let fits = match (word.state(), mapped) {
                 (State::Private, Mapping::Own { writable }) => *writable,
