@@ -78,9 +78,12 @@ pub(crate) struct Region {
     accompanied: Option<Rest>,
     /// Its pages are written as fast as they merge.
     restless: Option<Rest>,
-    /// Since it was last asked whether merging pays.
+    /// What merged and what broke; what lies before the last time that it was asked whether merging pays counts half, and half of that
+    /// what lies before the time before.
     merges: u32,
     breaks: u32,
+    /// Those of the breaks that came since, and not while it rested.
+    breaks_tried: u32,
     pub look: Look,
 }
 
@@ -105,16 +108,17 @@ impl Region {
 
     /// One of its merged pages was written. Whether it rests from now on, for a merge that is undone at once costs two copies.
     pub(crate) fn broke(&mut self, now: Duration) -> bool {
+        self.breaks = self.breaks.saturating_add(1);
         if self.restless.is_some_and(|rest| rest.lasts(now)) {
-            // What merged before it rests is written too, and says nothing new.
+            // Tells what became of the merges before, but not yet what would become of others.
             return false;
         }
-        self.breaks = self.breaks.saturating_add(1);
-        if self.breaks < MANY_BREAKS {
+        self.breaks_tried += 1;
+        if self.breaks_tried < MANY_BREAKS {
             return false;
         }
         let pays = self.merges / 2 > self.breaks;
-        (self.merges, self.breaks) = (0, 0);
+        (self.merges, self.breaks, self.breaks_tried) = (self.merges / 2, self.breaks / 2, 0);
         self.restless = (!pays).then(|| Rest::after(self.restless, now));
         !pays
     }
@@ -161,6 +165,7 @@ impl Regions {
                 restless: None,
                 merges: 0,
                 breaks: 0,
+                breaks_tried: 0,
                 look: Look::default(),
             },
         );
@@ -362,27 +367,35 @@ mod tests {
         let (id, _) = regions.join(ClientId(1), Kind::Private, 10, 0).unwrap();
         let region = regions.get_mut(id).unwrap();
         let mut now = Duration::from_secs(1);
-        // A large part merges for good: a thousand breaks beside it are nothing.
+        // A large part merges for good: a few thousand breaks beside it are nothing.
         region.answered(now, true, 100_000);
-        assert!((0..MANY_BREAKS).all(|_| !region.broke(now)));
+        assert!((0..4 * MANY_BREAKS).all(|_| !region.broke(now)));
+        // As much again merges after each rest, and all of it is written, most of it while the region rests.
+        let hot = 8 * MANY_BREAKS;
+        while !region.rests(now) {
+            region.answered(now, true, hot);
+            (0..hot).for_each(|_| _ = region.broke(now));
+        }
         let mut rests = Vec::new();
         for _ in 0..8 {
-            region.answered(now, true, MANY_BREAKS);
-            let begun = (0..MANY_BREAKS).filter(|_| region.broke(now)).count();
-            assert_eq!((begun, region.rests(now)), (1, true));
-            assert!((0..2 * MANY_BREAKS).all(|_| !region.broke(now)));
             let since = now;
             while region.rests(now) {
                 now += Duration::from_millis(50);
             }
             rests.push((now - since).as_millis());
-            assert!(!region.broke(now), "it is asked after as many breaks as ever");
+            region.answered(now, true, hot);
+            assert_eq!((1..MANY_BREAKS).filter(|_| region.broke(now)).count(), 0);
+            assert!(region.broke(now), "it is asked after as many breaks as ever");
+            assert!((MANY_BREAKS..hot).all(|_| !region.broke(now)));
         }
         assert_eq!(rests, [250, 500, 1000, 2000, 4000, 8000, 16_000, 16_000]);
-        region.answered(now, true, 3 * MANY_BREAKS);
+        now += REST.1;
+        region.answered(now, true, 4 * hot);
         assert!((0..MANY_BREAKS).all(|_| !region.broke(now)), "it pays");
-        region.answered(now, true, MANY_BREAKS);
-        assert_eq!((0..MANY_BREAKS).filter(|_| region.broke(now)).count(), 1);
+        while !region.rests(now) {
+            region.answered(now, true, MANY_BREAKS);
+            (0..MANY_BREAKS).for_each(|_| _ = region.broke(now));
+        }
         assert!(!region.rests(now + REST.0), "and afterwards as if for the first time");
     }
 
