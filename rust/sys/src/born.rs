@@ -23,7 +23,7 @@ use std::ptr;
 use std::sync::{Arc, Mutex};
 
 use crate::error::SysError;
-use crate::mapping::{insist, is_mapped};
+use crate::mapping::map_whole;
 use crate::object::SharedMapping;
 use crate::page_table::{ClientTable, WHAT};
 use crate::protocol::{Kind, Memory, Page, Words};
@@ -297,11 +297,7 @@ fn map_over(fd: impl AsFd, table: &SharedMapping) -> Result<(), SysError> {
             rustix::mm::mmap(address, bytes, access, MapFlags::SHARED | MapFlags::FIXED, &fd, 0).map(|_| ())
         }
     };
-    match map() {
-        Err(_) if !is_mapped(address, bytes) => insist(map),
-        answer => answer,
-    }
-    .map_err(SysError::call("mmap", WHAT))?;
+    map_whole(address, bytes, map).map_err(SysError::call("mmap", WHAT))?;
     // SAFETY: the table's own range; the advice only keeps it out of core dumps.
     let _ = unsafe { rustix::mm::madvise(address, bytes, rustix::mm::Advice::LinuxDontDump) };
     Ok(())

@@ -206,7 +206,9 @@ impl Window {
             return mapping::insist(|| unsafe { self.map_anew(target, bytes, slot, whole_extent) });
         }
         // SAFETY: the caller's promise.
-        unsafe { self.map_anew(target, bytes, slot, whole_extent) }
+        mapping::map_whole(target, bytes, || unsafe {
+            self.map_anew(target, bytes, slot, whole_extent)
+        })
     }
 
     /// Maps frames of the store over a range.

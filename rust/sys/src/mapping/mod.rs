@@ -11,7 +11,7 @@
 
 mod view;
 
-pub(crate) use view::{View, insist, is_mapped};
+pub(crate) use view::{View, insist, is_mapped, map_whole};
 
 use crate::aligned::Aligned;
 use crate::error::SysError;

@@ -153,11 +153,7 @@ impl View {
         let (start, bytes) = self.range(span);
         // SAFETY: pages of our view, owned by the caller (or out of the protocol in a process whose words they are not), who wants
         // their bytes no more.
-        let map = || unsafe { map_anonymous(start, bytes, READ_WRITE) };
-        match map() {
-            Err(_) if !is_mapped(start, bytes) => insist(map),
-            answer => answer,
-        }
+        map_whole(start, bytes, || unsafe { map_anonymous(start, bytes, READ_WRITE) })
     }
 
     /// The same view where a 2 MiB is known to be of small pages.
@@ -274,7 +270,7 @@ impl Memory for View {
             ProtFlags::READ
         };
         // SAFETY: pages of our view, owned and frozen, all found to be zero; fresh anonymous memory reads as zeros.
-        unsafe { map_anonymous(start, bytes, access) }
+        map_whole(start, bytes, || unsafe { map_anonymous(start, bytes, access) })
     }
 
     fn fill_home(&self, span: Span) -> Result<(), Errno> {
@@ -303,10 +299,7 @@ impl Memory for View {
         let (view, _) = self.range(span);
         // SAFETY: an old length of 0 maps the shared object's same pages a second time, over pages of our view that the caller owns.
         let map = || unsafe { rustix::mm::mremap_fixed(home, 0, bytes, MremapFlags::MAYMOVE, view) }.map(|_| ());
-        match map() {
-            Err(_) if !is_mapped(view, bytes) => insist(map)?,
-            answer => answer?,
-        }
+        map_whole(view, bytes, map)?;
         self.fault_around(span);
         Ok(())
     }
@@ -377,6 +370,19 @@ pub(crate) fn insist(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), 
     Ok(())
 }
 
+/// Maps something over a range. Where the kernel had unmapped the range when it found that it could not go on (`mremap`; `mmap` before
+/// Linux 6.12), it is tried until it works.
+pub(crate) fn map_whole(
+    start: *mut c_void,
+    bytes: usize,
+    mut map: impl FnMut() -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    match map() {
+        Err(_) if !is_mapped(start, bytes) => insist(map),
+        answer => answer,
+    }
+}
+
 /// Maps fresh private anonymous memory over a range.
 ///
 /// # Safety
@@ -384,4 +390,39 @@ pub(crate) fn insist(mut call: impl FnMut() -> Result<(), Errno>) -> Result<(), 
 pub(super) unsafe fn map_anonymous(start: *mut c_void, bytes: usize, access: ProtFlags) -> Result<(), Errno> {
     // SAFETY: the caller's promise.
     unsafe { rustix::mm::mmap_anonymous(start, bytes, access, MapFlags::PRIVATE | MapFlags::FIXED) }.map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_failed_call_had_unmapped_is_mapped_in_the_end() {
+        let bytes = 4 * PAGE_SIZE;
+        // Far below where the kernel maps what other tests ask for: the hole stays one.
+        let place = ptr::with_exposed_provenance_mut(1 << 44);
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: fresh memory of the test's own, where nothing is.
+        let start = unsafe { rustix::mm::mmap_anonymous(place, bytes, READ_WRITE, flags) }.unwrap();
+        let mut calls = 0;
+        let failed = map_whole(start, bytes, || {
+            calls += 1;
+            Err(Errno::NOMEM)
+        });
+        assert_eq!((failed, calls), (Err(Errno::NOMEM), 1), "nothing was lost");
+        let done = map_whole(start, bytes, || {
+            calls += 1;
+            // SAFETY: the test's own memory, of which the first call leaves only the first page.
+            unsafe {
+                if calls < 5 {
+                    rustix::mm::munmap(start.byte_add(PAGE_SIZE), bytes - PAGE_SIZE)?;
+                    return Err(Errno::NOMEM);
+                }
+                map_anonymous(start, bytes, READ_WRITE)
+            }
+        });
+        assert_eq!((done, calls, is_mapped(start, bytes)), (Ok(()), 5, true));
+        // SAFETY: mapped just above.
+        unsafe { rustix::mm::munmap(start, bytes) }.unwrap();
+    }
 }
