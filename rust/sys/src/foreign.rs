@@ -122,9 +122,19 @@ impl Foreign {
         if next < range.end {
             return Err(nowhere("parts of it are not mapped"));
         }
-        let object = first
-            .filter(|first| first.shared)
-            .map(|first| object_at(&first, range.start));
+        let first = first.filter(|first| first.shared);
+        if let Some(other) = first
+            .as_ref()
+            .map(|first| shown_elsewhere(first, &range))
+            .transpose()?
+            .flatten()
+        {
+            return Err(SysError::Unfit {
+                mapping: other.describe(),
+                reason: "it maps the same object once more, and what merges would be missing there; unmap it first",
+            });
+        }
+        let object = first.map(|first| object_at(&first, range.start));
         if object.is_some() && !(careful::is_there(range.start) && careful::is_there(range.end - PAGE_SIZE)) {
             return Err(nowhere("its object ends before it does"));
         }
@@ -170,6 +180,17 @@ fn continues(first: &Mapped, mapped: &Mapped) -> Result<(), &'static str> {
         return Err("its parts were advised differently");
     }
     Ok(())
+}
+
+/// Another mapping of this process that shows some of what the range, which begins in `first`, shows of its object.
+fn shown_elsewhere(first: &Mapped, range: &Range<usize>) -> Result<Option<Mapped>, SysError> {
+    let begin = object_at(first, range.start).offset;
+    let shown = begin..begin + range.len() as u64;
+    Ok(maps::outlines()?.into_iter().find(|other| {
+        let apart = other.range.end <= range.start || range.end <= other.range.start;
+        let same = (other.device, other.inode) == (first.device, first.inode);
+        apart && same && other.offset < shown.end && shown.start < other.offset + other.range.len() as u64
+    }))
 }
 
 /// The device that shared anonymous memory lives on, and memfds with it: a mount of the kernel's own.
