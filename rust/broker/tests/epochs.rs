@@ -5,7 +5,7 @@ mod regions;
 
 use fake::{Broker, FakeClient};
 use ksmrs_broker::client::{self, Kind, Region};
-use ksmrs_broker::wire::ToBroker;
+use ksmrs_broker::wire::{Question, ToBroker};
 use ksmrs_sys::life::LifePage;
 use ksmrs_sys::peer::Wait;
 use regions::{BrokerProcess, PAGE, alone, count, counter, filled, forked, merge, wait_for, wrong};
@@ -44,6 +44,29 @@ fn words_read_before_the_turn_is_heard_of_belong_to_the_next_epoch() {
     client.epoch = 3;
     drop(client.turn_life());
     client.until("store_bytes", 0);
+}
+
+/// The client turned its life page, forked, and died before it read all that the broker sent. That must not hide the page that the child
+/// has.
+#[test]
+fn a_life_page_on_its_way_counts_though_the_socket_was_reset() {
+    let broker = Broker::start("reset");
+    let mut witness = FakeClient::new(&broker);
+    for round in 1..6 {
+        let mut client = FakeClient::new(&broker);
+        client.join([round; 8]);
+        assert_eq!(client.merge().pages_merged, 8);
+        for id in 0..50 {
+            let question = Question::Stats;
+            client.send(ToBroker::Ask { id, question });
+        }
+        let parents = client.turn_life();
+        let childs = client.life.take();
+        drop((client, parents));
+        witness.keeps("store_bytes", 4096, "a child shows the frame");
+        drop(childs);
+        witness.until("frames", 0);
+    }
 }
 
 /// The same with a real client, whose broker is stopped while it works: as many tries as time allows.

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use fake::{Broker, FakeClient, PATIENCE, connect, wait_for};
 use ksmrs_broker::runtime_dir::RuntimeDir;
-use ksmrs_broker::wire::{Answer, ErrorCode, Question, ToBroker, ToClient};
+use ksmrs_broker::wire::{Answer, ErrorCode, Kind, Question, ToBroker, ToClient};
 use ksmrs_broker::{BrokerOptions, Started, run_broker};
 use ksmrs_sys::peer::{Peer, Wait};
 use ksmrs_sys::{State, Word};
@@ -135,6 +135,47 @@ fn what_is_leaving_shows_its_frame_until_it_has_left() {
     // What was not shown after all is let go with its epoch.
     drop(client.turn_life());
     client.keeps("store_bytes", 4096, "it is being copied");
+    client.leave(region, 8);
+    drop(client.turn_life());
+    client.until("store_bytes", 0);
+}
+
+/// Out of room, a break makes a whole stretch of shared pages Detached, most of which nobody wrote: they show their frames still, also
+/// when they are held.
+#[test]
+fn what_is_held_in_shared_memory_shows_its_frame() {
+    let broker = Broker::start("held");
+    let mut client = FakeClient::new(&broker);
+    client.kind = Kind::Shared;
+    let hold = |client: &FakeClient| {
+        for index in 0..8 {
+            client.store_word(index, client.word(index).with_state(State::Held));
+        }
+    };
+    // Seen by a scan.
+    let region = client.join([7; 8]);
+    assert_eq!(client.merge().pages_merged, 8);
+    hold(&client);
+    client.merge();
+    drop(client.turn_life());
+    client.keeps("store_bytes", 4096, "a scan found it held");
+    client.leave(region, 8);
+    drop(client.turn_life());
+    client.until("store_bytes", 0);
+    // Seen when the merge is answered.
+    let region = client.join([8; 8]);
+    let ToClient::Map { order, runs, .. } = client.work_until(|message| matches!(message, ToClient::Map { .. })) else {
+        unreachable!("the filter lets nothing else through")
+    };
+    let outcomes = runs.iter().map(|run| client.map(run)).collect();
+    hold(&client);
+    client.send(ToBroker::Mapped {
+        order,
+        outcomes,
+        cpu_micros: 0,
+    });
+    drop(client.turn_life());
+    client.keeps("store_bytes", 4096, "it was held at once");
     client.leave(region, 8);
     drop(client.turn_life());
     client.until("store_bytes", 0);

@@ -13,7 +13,7 @@ use crate::frame::Slot;
 use crate::limbo::Epoch;
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place};
-use crate::region::{ClientId, RegionId};
+use crate::region::{ClientId, Kind, RegionId};
 use crate::stable::Search;
 use crate::table::TOGETHER;
 use crate::{Core, tunables};
@@ -296,6 +296,8 @@ impl Core {
             Seen::Merged(slot) if from == Place::Merged(slot) => from,
             // It names no frame, so it need not have been proposed by this core: a client keeps such pages over its brokers.
             Seen::Zero if matches!(from, Place::Own | Place::Zero) => Place::Zero,
+            // In shared memory that was Detached before, and shows the frame still where it was never written.
+            Seen::Held(Some(slot)) if known == Some(slot) && self.is_shared(page) => Place::Detached(slot),
             Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
             Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
                 Place::Detached(slot)
@@ -311,6 +313,11 @@ impl Core {
         }
         self.move_page(page, to, region, id, Some(epoch));
         true
+    }
+
+    /// Whether a page is of a shared region.
+    pub(crate) fn is_shared(&self, page: PageNumber) -> bool {
+        self.regions.of(page).is_some_and(|region| region.kind == Kind::Shared)
     }
 
     /// A merged page was written.

@@ -171,8 +171,8 @@ impl Peer {
             };
         let message = loop {
             match rustix::net::recvmsg(&self.fd, &mut [IoSliceMut::new(buffer)], &mut control, flags) {
-                Err(Errno::INTR) => continue,
-                Err(Errno::CONNRESET) => return Err(SysError::Closed),
+                // The other end closed with messages of ours unread. The kernel says so once, and before it hands out what is queued.
+                Err(Errno::INTR | Errno::CONNRESET) => continue,
                 Err(errno) => {
                     return Err(SysError::Call {
                         call: "recvmsg",
@@ -288,6 +288,22 @@ mod tests {
         drop(one);
         assert!(matches!(two.receive(&mut buffer, Wait::Yes), Err(SysError::Closed)));
         assert!(matches!(two.send(b"x", None, Wait::Yes), Err(SysError::Closed)));
+    }
+
+    #[test]
+    fn what_was_sent_before_the_end_arrives_though_its_sender_did_not_read() {
+        let (one, two) = Peer::pair().unwrap();
+        two.send(b"unread", None, Wait::Yes).unwrap();
+        let (_read, write) = rustix::pipe::pipe().unwrap();
+        one.send(b"last", Some(write.as_fd()), Wait::Yes).unwrap();
+        drop(one);
+        let mut buffer = [0; 64];
+        let received = two.receive(&mut buffer, Wait::No).unwrap();
+        assert_eq!(
+            (&buffer[..received.length], received.fd.is_some()),
+            (&b"last"[..], true)
+        );
+        assert!(matches!(two.receive(&mut buffer, Wait::No), Err(SysError::Closed)));
     }
 
     #[test]

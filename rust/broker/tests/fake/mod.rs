@@ -161,6 +161,8 @@ pub struct FakeClient {
     pub checksummer: Checksummer,
     /// Contents by word index.
     pub pages: Vec<Page>,
+    /// Of regions that it joins.
+    pub kind: Kind,
     next_region: u32,
     next_ask: u32,
 }
@@ -222,6 +224,7 @@ impl FakeClient {
             number: StoreNumber(store),
             checksummer: Checksummer::new(&key),
             pages: vec![[0; PAGE_SIZE]; CAPACITY as usize],
+            kind: Kind::Private,
             next_region: 0,
             next_ask: 0,
         }
@@ -242,13 +245,13 @@ impl FakeClient {
         (region, first_word)
     }
 
-    /// Asks to join a private region; its number, and the answer.
+    /// Asks to join a region; its number, and the answer.
     fn ask_to_join(&mut self, first_word: u32, pages: u32, flags: u32) -> (u32, ToClient) {
         let region = self.next_region;
         self.next_region += 1;
         self.send(ToBroker::Join {
             region,
-            kind: Kind::Private,
+            kind: self.kind,
             first_word,
             pages,
             position: (first_word % 512) as u16,
