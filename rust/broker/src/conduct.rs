@@ -30,8 +30,8 @@ use crate::wire::{
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
-/// How long accepting pauses when descriptors run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// How long accepting and reading pause when descriptors run out.
+const DESCRIPTORS_PAUSE: Duration = Duration::from_millis(100);
 /// Why a named object is refused by a broker inside its client.
 const NOT_EMBEDDED: &str = "an embedded broker ends with its client, and nobody would write the object's pages back";
 
@@ -45,7 +45,8 @@ pub(crate) struct Conductor {
     objects: Objects,
     last_client: u32,
     store_slots: Option<u32>,
-    accept_again: Option<Duration>,
+    /// When there may be descriptors again.
+    paused_until: Option<Duration>,
     buffer: ReceiveBuffer,
 }
 
@@ -60,7 +61,7 @@ impl Conductor {
             objects: Objects::default(),
             last_client: 0,
             store_slots,
-            accept_again: None,
+            paused_until: None,
             buffer: ReceiveBuffer::new(),
         }
     }
@@ -129,7 +130,7 @@ impl Conductor {
         for (id, offence) in offenders {
             self.drop_client(id, Some(&offence));
         }
-        earliest(wake, self.accept_again)
+        earliest(wake, self.paused_until)
     }
 
     /// Whether pages of a departed client are still to be written back to its objects.
@@ -199,13 +200,14 @@ impl Conductor {
                 tv_nsec: i64::from(left.subsec_nanos()),
             }
         });
-        let accepting = self.accept_again.is_none_or(|again| now >= again);
-        if accepting {
-            self.accept_again = None;
+        let paused = self.paused_until.is_some_and(|until| now < until);
+        if !paused {
+            self.paused_until = None;
         }
         let mut ids = Vec::with_capacity(self.sessions.len());
         let mut fds = Vec::with_capacity(self.sessions.len() + 1);
-        for (&id, session) in &self.sessions {
+        // The end of a connection cannot be left out of what is waited for.
+        for (&id, session) in self.sessions.iter().filter(|_| !paused) {
             let flags = if session.has_waiting() {
                 PollFlags::IN | PollFlags::OUT
             } else {
@@ -214,7 +216,7 @@ impl Conductor {
             ids.push(id);
             fds.push(PollFd::from_borrowed_fd(session.connection.as_fd(), flags));
         }
-        if let Some(listener) = self.listener.as_ref().filter(|_| accepting) {
+        if let Some(listener) = self.listener.as_ref().filter(|_| !paused) {
             fds.push(PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN));
         }
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
@@ -244,11 +246,15 @@ impl Conductor {
                 Some(Ok(None)) | None => return,
                 Some(Err(error)) => {
                     tracing::warn!(%error, "cannot accept clients for a moment");
-                    self.accept_again = Some(self.now() + ACCEPT_PAUSE);
-                    return;
+                    return self.pause();
                 }
             }
         }
+    }
+
+    /// Descriptors ran out: nothing is accepted or read until there may be some again, for what comes along with a message would be lost.
+    fn pause(&mut self) {
+        self.paused_until = Some(self.now() + DESCRIPTORS_PAUSE);
     }
 
     /// Reads what a client sent; hearing it is work for its domain.
@@ -263,11 +269,27 @@ impl Conductor {
 
     fn read_messages(&mut self, id: u32) {
         for _ in 0..MESSAGES_PER_TURN {
-            let Some(session) = self.sessions.get(&id) else { return };
+            let Some(session) = self.sessions.get_mut(&id) else {
+                return;
+            };
+            if !session.connection.has_room_for_descriptor() {
+                // Its own are among those that may be had again.
+                if session.connection.is_at_end() {
+                    return self.drop_client(id, None);
+                }
+                tracing::warn!(client = id, "no descriptor is left: nothing is read for a moment");
+                return self.pause();
+            }
             let result = match session.connection.receive(&mut self.buffer, Wait::No) {
                 Err(error) if error.is_would_block() => return,
                 Err(error) if error.is_closed() => return self.drop_client(id, None),
-                Err(error) => Err(error.into()),
+                Err(error) => {
+                    if self.listener.is_none() {
+                        // The program's other threads may have taken the last descriptor just now.
+                        session.lives.may_miss_one();
+                    }
+                    Err(error.into())
+                }
                 Ok((message, fd)) => self.hear(id, message, fd),
             };
             if let Err(offence) = result {
@@ -469,10 +491,9 @@ fn lease(
     if session.regions.contains_key(&region) {
         return Err(format!("region {region} has joined already"));
     }
-    let pid = session.credentials.pid;
-    let mut earlier = departed.iter().filter(|client| pid != 0 && client.pid == pid);
     objects.join(session.id.0, region, slice, object, fd, |client| {
-        earlier.any(|departed| departed.id.0 == client)
+        let mut earlier = departed.iter().filter(|departed| departed.id.0 == client);
+        earlier.any(|departed| departed.was(session))
     })
 }
 

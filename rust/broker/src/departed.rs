@@ -60,6 +60,12 @@ impl Departed {
         }
     }
 
+    /// Whether it was an earlier connection of this one's address space, which takes its pages home itself.
+    pub(crate) fn was(&self, session: &Session) -> bool {
+        let tables = self.table.as_ref().zip(session.table.as_ref());
+        tables.is_some_and(|(theirs, its)| theirs.is_same(its))
+    }
+
     /// Asks about its life pages, and looks after its objects.
     pub(crate) fn look(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> Found {
         let sealed = self.lives.poll(false, now);
@@ -93,7 +99,7 @@ impl Departed {
         }
         let table = self.table.as_ref();
         let word = |index| table.and_then(|table| table.word(index));
-        match objects.write_back(self.id.0, exited, &word, self.store, &mut domain.store) {
+        match objects.write_back(self.id.0, &word, self.store, &mut domain.store) {
             Ok(pages) => {
                 tracing::info!(
                     client = self.id.0,

@@ -22,6 +22,8 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(256);
 pub(crate) struct Lives {
     pages: VecDeque<(u32, OwnedFd)>,
     latest: Option<u32>,
+    /// One may have been sent that never arrived, and somebody may map it.
+    one_is_missing: bool,
     pause: Duration,
     next: Option<Duration>,
 }
@@ -103,9 +105,14 @@ impl Lives {
         }
     }
 
+    /// A message was lost that may have brought one: what it would stand for is kept for good.
+    pub(crate) fn may_miss_one(&mut self) {
+        self.one_is_missing = true;
+    }
+
     /// Whether no address space shows anything of this client any more.
     pub(crate) fn are_over(&self) -> bool {
-        self.pages.is_empty()
+        self.pages.is_empty() && !self.one_is_missing
     }
 }
 

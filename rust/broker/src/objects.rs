@@ -222,14 +222,13 @@ impl Objects {
         self.held.retain(|_, held| held.client != client);
     }
 
-    /// Writes the pages of a dead client's objects back and lets the objects go. `exited`: nobody of that process can do so itself.
+    /// Writes the pages of a dead client's objects back and lets the objects go.
     ///
     /// # Errors
     /// No room: whatever is not back yet is still in its frames; try again.
     pub(crate) fn write_back(
         &mut self,
         client: u32,
-        exited: bool,
         word: &dyn Fn(u32) -> Option<Word>,
         number: StoreNumber,
         store: &mut Store,
@@ -240,8 +239,11 @@ impl Objects {
                 written += write_back(&held.description, *place, word, number, store)?;
             }
         }
-        let theirs = self.held.values().filter(|held| held.client == client);
-        theirs.filter(|_| exited).for_each(release);
+        // Also after an exec: the next program may have inherited the description.
+        self.held
+            .values()
+            .filter(|held| held.client == client)
+            .for_each(release);
         self.forget(client);
         Ok(written)
     }

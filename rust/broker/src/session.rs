@@ -146,7 +146,7 @@ impl Session {
     /// Takes the life pages that were on their way when the connection was shut down: a client lets an old page go once the new one
     /// is sent, so without them it would look dead. What it tries to send from now on fails, and its page stays.
     pub(crate) fn take_last_lives(&mut self, buffer: &mut ReceiveBuffer, now: Duration) {
-        loop {
+        while self.connection.has_room_for_descriptor() {
             match self.connection.receive(buffer, Wait::No) {
                 // One that breaks the rules here, too, hurts only itself.
                 Ok((ToBroker::Life { epoch }, Some(fd))) => drop(self.take_life(epoch, fd, now)),
@@ -155,6 +155,7 @@ impl Session {
                 Err(_) => {}
             }
         }
+        self.lives.may_miss_one();
     }
 
     pub(crate) fn take_table(&mut self, pages: u32, fd: &OwnedFd) -> Result<(), Offence> {

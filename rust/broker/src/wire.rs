@@ -222,6 +222,16 @@ impl<Out: Message, In: Message> Connection<Out, In> {
         Ok(self.peer.send(datagram, fd, wait)?)
     }
 
+    /// Whether the descriptor of the next message could be kept.
+    pub fn has_room_for_descriptor(&self) -> bool {
+        self.peer.has_room_for_descriptor()
+    }
+
+    /// Whether no message will come any more.
+    pub fn is_at_end(&self) -> bool {
+        self.peer.is_at_end()
+    }
+
     /// Receives the next message and the descriptor that came with it.
     ///
     /// # Errors

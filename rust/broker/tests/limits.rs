@@ -13,7 +13,7 @@ use ksmrs_sys::scan::ScanTools;
 use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
 use ksmrs_sys::{Slot, State, StoreNumber, fork, page_table};
-use regions::{BrokerProcess, PAGE, PATIENCE, alone, filled, merge, wrong};
+use regions::{BrokerProcess, PAGE, PATIENCE, alone, counter, filled, merge, poke, wait_for, wrong};
 use rustix::mm::{MapFlags, ProtFlags};
 
 const PAGES: u32 = 512;
@@ -192,5 +192,32 @@ fn a_merge_ends_though_the_broker_is_stopped() {
         assert_eq!(wrong(&region, 1), 0);
         broker.go_on();
         assert!(client::merge(Some(PATIENCE), &mut || false).unwrap().finished);
+    });
+}
+
+/// The broker has no descriptor left when the next life page comes: it waits until there is one, and nobody loses a byte meanwhile.
+#[test]
+fn a_broker_without_descriptors_takes_no_life_page_for_lost() {
+    const TEST: &str = "a_broker_without_descriptors_takes_no_life_page_for_lost";
+    alone(TEST, 60, || {
+        let broker = BrokerProcess::start();
+        let both = [1, 2].map(|_| filled(256, Kind::Private, 1));
+        merge();
+        let old = broker.limit_descriptors(broker.lowest_free_descriptor());
+        let write = |page| {
+            both.iter()
+                .zip([7, 8])
+                .for_each(|(region, value)| poke(region, page, 0, value))
+        };
+        let wrong = || both.each_ref().map(|region| wrong(region, 1));
+        // Begins an epoch, and has a frame given up.
+        write(0);
+        assert!(client::merge(Some(Duration::from_secs(1)), &mut || false).is_err());
+        assert_eq!(wrong(), [1, 1]);
+        broker.limit_descriptors(old);
+        write(1);
+        merge();
+        assert_eq!(wrong(), [2, 2]);
+        wait_for("the end of both frames", || counter("frames") == 254);
     });
 }

@@ -123,6 +123,7 @@ impl Region {
     pub fn retire(&self) {
         if self.is_ours() {
             let _in_use = self.in_use.alone();
+            self.retired.store(true, Ordering::Release);
             self.closed.store(true, Ordering::Release);
         }
     }

@@ -23,6 +23,7 @@ use crate::checksum::ChecksumWord;
 use crate::error::SysError;
 use crate::object::{self, Access, PAGE_SIZE, SharedMapping};
 use crate::protocol::{self, Page, Span, Words};
+use crate::sharers::ObjectId;
 use crate::word::{State, Word};
 use crate::words::LentWords;
 
@@ -85,7 +86,14 @@ impl ClientTable {
 
     /// Says which epoch the client is in: after the epoch's life page is mapped, before the last one's is unmapped.
     pub fn set_epoch(&self, epoch: u32) {
-        self.mapping.words(0, HEADER_WORDS)[EPOCH_WORD].store(epoch.into(), Ordering::SeqCst);
+        let before = self.mapping.words(0, HEADER_WORDS)[EPOCH_WORD].swap(epoch.into(), Ordering::SeqCst);
+        debug_assert!(before < epoch.into(), "epoch {epoch} after {before}");
+    }
+
+    /// The epoch that it says. It only rises, also from one connection to the next: the broker may not have read all of the last one's words
+    /// yet, which count for the epoch that it finds here then.
+    pub fn epoch(&self) -> u32 {
+        epoch_of(&self.mapping)
     }
 
     /// Which of its words is the first of this slice, if it is one of this table.
@@ -184,6 +192,12 @@ pub struct TableView {
     capacity: u32,
     /// For the one time that the broker has to write: `lend`.
     fd: OwnedFd,
+    id: ObjectId,
+}
+
+fn epoch_of(mapping: &SharedMapping) -> u32 {
+    let epoch = mapping.words(0, HEADER_WORDS)[EPOCH_WORD].load(Ordering::SeqCst);
+    u32::try_from(epoch).unwrap_or(u32::MAX)
 }
 
 impl TableView {
@@ -206,7 +220,18 @@ impl TableView {
             return Err(hostile(format!("header {header:x?} for {capacity} pages")));
         }
         let fd = rustix::io::fcntl_dupfd_cloexec(&fd, 0).map_err(SysError::call("F_DUPFD_CLOEXEC", WHAT))?;
-        Ok(TableView { mapping, capacity, fd })
+        let id = ObjectId::of(&fd)?;
+        Ok(TableView {
+            mapping,
+            capacity,
+            fd,
+            id,
+        })
+    }
+
+    /// Whether both are of one table, and so of one address space: an exec has its next program make one of its own.
+    pub fn is_same(&self, other: &TableView) -> bool {
+        self.id == other.id
     }
 
     /// Pages that the table describes.
@@ -216,8 +241,7 @@ impl TableView {
 
     /// The epoch that the client says it is in. No child that it forked before this was read maps only later life pages.
     pub fn epoch(&self) -> u32 {
-        let epoch = self.mapping.words(0, HEADER_WORDS)[EPOCH_WORD].load(Ordering::SeqCst);
-        u32::try_from(epoch).unwrap_or(u32::MAX)
+        epoch_of(&self.mapping)
     }
 
     /// The state word of a page; `None` outside the table. Later loads see no older memory than this one.

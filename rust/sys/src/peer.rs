@@ -155,6 +155,22 @@ impl Peer {
         }
     }
 
+    /// Whether a descriptor that came along could be kept now. Without room the kernel throws it away, and the message says so too late.
+    pub fn has_room_for_descriptor(&self) -> bool {
+        rustix::io::fcntl_dupfd_cloexec(&self.fd, 0).is_ok()
+    }
+
+    /// Whether the other end closed and everything from there was received. Takes nothing, and needs no room.
+    pub fn is_at_end(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        loop {
+            match rustix::net::recv(&self.fd, &mut [0_u8; 1], flags) {
+                Err(Errno::INTR | Errno::CONNRESET) => {}
+                answer => return matches!(answer, Ok((_, 0))),
+            }
+        }
+    }
+
     /// Receives one datagram into `buffer`, with at most one descriptor (close-on-exec).
     ///
     /// # Errors
@@ -194,7 +210,7 @@ impl Peer {
         }
         if message.flags.contains(ReturnFlags::CTRUNC) || surplus {
             return Err(SysError::Datagram {
-                reason: "more than one descriptor",
+                reason: "more than one descriptor, or one and no room for it",
             });
         }
         if message.flags.contains(ReturnFlags::TRUNC) || message.bytes > buffer.len() {
@@ -296,13 +312,16 @@ mod tests {
         two.send(b"unread", None, Wait::Yes).unwrap();
         let (_read, write) = rustix::pipe::pipe().unwrap();
         one.send(b"last", Some(write.as_fd()), Wait::Yes).unwrap();
+        assert!(!two.is_at_end());
         drop(one);
+        assert!(!two.is_at_end(), "there is one more");
         let mut buffer = [0; 64];
         let received = two.receive(&mut buffer, Wait::No).unwrap();
         assert_eq!(
             (&buffer[..received.length], received.fd.is_some()),
             (&b"last"[..], true)
         );
+        assert!(two.is_at_end());
         assert!(matches!(two.receive(&mut buffer, Wait::No), Err(SysError::Closed)));
     }
 

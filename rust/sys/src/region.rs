@@ -43,6 +43,8 @@ pub struct Region {
     /// The memory, unmapped by `close`.
     pub(crate) mapping: Mapping,
     pub(crate) closed: AtomicBool,
+    /// Closed, and still there with all that it shows.
+    pub(crate) retired: AtomicBool,
     /// Whether its pages are at home and stay there for now: `recall.rs`.
     pub(crate) recalled: AtomicBool,
     /// Keeps `close` from runs under way. A forked child takes it only once `born.rs` made it new: another thread of the parent may
@@ -133,6 +135,7 @@ impl Region {
         Ok(Region {
             mapping,
             closed: AtomicBool::new(false),
+            retired: AtomicBool::new(false),
             // An object that others may have merges once nobody else can see it.
             recalled: AtomicBool::new(lasts),
             in_use: InUse::default(),
@@ -211,13 +214,17 @@ impl Region {
 
     /// Highest store numbers that words of this region still hold: bit n of word n / 64.
     pub fn stores_in_use(&self, stores: &mut [u64; 4]) {
-        self.open(|_| {
+        let mut note = || {
             for page in self.whole().iter() {
                 if let Some((store, _)) = self.words.load(page).frame() {
                     stores[store.0 as usize / 64] |= 1 << (store.0 % 64);
                 }
             }
-        });
+        };
+        if self.retired.load(Ordering::Acquire) {
+            return note();
+        }
+        self.open(|_| note());
     }
 
     // The program's threads.

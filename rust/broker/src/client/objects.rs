@@ -66,12 +66,9 @@ impl Entry {
         self.pause = (self.pause * 2).min(LONGEST_PAUSE);
     }
 
-    /// Nobody waits for it any more on our account.
-    fn give_lease_up(&mut self) {
-        if let Some(description) = self.description.take() {
-            // There may be none: the broker gave it up, or the kernel took it.
-            let _ = description.release();
-        }
+    /// Whether pages of it may be missing in its object.
+    fn is_away(&self) -> bool {
+        !matches!(self.standing, Standing::Outside(_))
     }
 }
 
@@ -106,19 +103,39 @@ impl Objects {
         self.entries.values().filter(returning).map(|entry| &entry.region)
     }
 
-    /// Forgets a region that ended, and says how it stood; what merged of it is home already.
-    pub(super) fn remove(&mut self, region: &Arc<Region>) -> Option<Standing> {
-        let entry = self.entries.get(&number(region))?;
+    /// Forgets a region that ended, and says how it stood; what merged of it is home already. `link` is the connection at work, if any.
+    pub(super) fn remove(&mut self, region: &Arc<Region>, link: Option<u32>) -> Option<Standing> {
+        let entry = self.entries.get_mut(&number(region))?;
         if !Arc::ptr_eq(&entry.region, region) {
             return None;
         }
-        let mut entry = self.entries.remove(&number(region))?;
         self.changed = true;
-        // The broker gives up what it knows of.
-        if matches!(entry.standing, Standing::Outside(_)) {
-            entry.give_lease_up();
+        if matches!(entry.standing, Standing::Returning(_)) && link != Some(entry.link) {
+            // The broker of that connection is not told; this one never knew.
+            entry.standing = Standing::Outside(Instant::now());
         }
-        Some(entry.standing)
+        let (standing, id) = (entry.standing, entry.object.id);
+        // The broker gives up what it knows of.
+        if matches!(standing, Standing::Outside(_)) {
+            self.give_lease_up(id);
+        }
+        self.entries.remove(&number(region));
+        Some(standing)
+    }
+
+    /// Nobody waits for an object any more on our account, unless pages of it are away still, of whichever region. (One lease stands for
+    /// all of them: they share the program's description.)
+    fn give_lease_up(&mut self, id: ObjectId) {
+        let of_it = || self.entries.values().filter(move |entry| entry.object.id == id);
+        if of_it().any(Entry::is_away) {
+            return;
+        }
+        for entry in self.entries.values_mut().filter(|entry| entry.object.id == id) {
+            if let Some(description) = entry.description.take() {
+                // There may be none: the broker gave it up, or the kernel took it.
+                let _ = description.release();
+            }
+        }
     }
 
     /// When something is to be done next.
@@ -147,12 +164,20 @@ impl Objects {
     /// The connection failed.
     pub(super) fn tend(&mut self, desk: &mut Desk, mut session: Option<&mut Session>) -> Result<(), Error> {
         let now = Instant::now();
+        let (mut back, mut sent) = (BTreeSet::new(), Ok(()));
         for (number, entry) in &mut self.entries {
             if matches!(entry.standing, Standing::Returning(at) if at <= now) {
                 self.changed = true;
-                bring_home(*number, entry, session.as_deref_mut())?;
+                sent = sent.and(bring_home(*number, entry, session.as_deref_mut()));
+                if !entry.is_away() {
+                    back.insert(entry.object.id);
+                }
             }
         }
+        for id in back {
+            self.give_lease_up(id);
+        }
+        sent?;
         match session {
             Some(session) => self.let_in(desk, session, now),
             None => Ok(()),
@@ -173,6 +198,7 @@ impl Objects {
         // Where one region of an object is in, the object is ours alone.
         let inside = of(&|entry| entry.standing == Standing::Inside);
         wanted.retain(|id| !inside.contains(id));
+        let going_home = of(&|entry| matches!(entry.standing, Standing::Returning(_) | Standing::Leaving));
         self.changed = true;
         let alone = desk.is_alone();
         let shared = if alone {
@@ -181,6 +207,10 @@ impl Objects {
             BTreeMap::new()
         };
         for entry in self.entries.values_mut().filter(|entry| is_due(entry)) {
+            if going_home.contains(&entry.object.id) {
+                entry.not_yet("other pages of its object are on their way home".to_owned(), now);
+                continue;
+            }
             match admit(entry, alone, shared.get(&entry.object.id)) {
                 Ok(()) => {
                     (entry.standing, entry.link) = (Standing::Inside, session.link.number);
@@ -264,6 +294,7 @@ impl Objects {
     /// There is no broker any more to keep what can be opened whole: it goes home.
     pub(super) fn lost(&mut self, desk: &mut Desk) {
         let now = Instant::now();
+        let mut back = BTreeSet::new();
         for entry in self.entries.values_mut() {
             match entry.standing {
                 Standing::Inside if entry.object.opens => {
@@ -272,11 +303,14 @@ impl Objects {
                     entry.standing = Standing::Returning(now);
                 }
                 Standing::Leaving => {
-                    entry.give_lease_up();
                     entry.standing = Standing::Outside(now);
+                    back.insert(entry.object.id);
                 }
                 _ => {}
             }
+        }
+        for id in back {
+            self.give_lease_up(id);
         }
         self.changed = true;
     }
@@ -359,7 +393,6 @@ fn bring_home(number: u32, entry: &mut Entry, session: Option<&mut Session>) -> 
             session.leave(number)
         }
         _ => {
-            entry.give_lease_up();
             entry.standing = Standing::Outside(Instant::now());
             Ok(())
         }

@@ -349,7 +349,8 @@ impl Remapper {
     /// A region was closed. Its slice of the table is free when the broker says so: until then an order may be on its way that
     /// means the old region, and would be carried out on a new one in its place.
     fn leave(&mut self, region: &Arc<Region>) {
-        let standing = self.objects.remove(region);
+        let link = self.session.as_ref().map(|session| session.link.number);
+        let standing = self.objects.remove(region, link);
         let mut number = self.desk.remove(region);
         match standing {
             // Its pages came home with its end.

@@ -59,7 +59,7 @@ impl Session {
             stage: Stage::Hello,
             store: None,
             life: None,
-            epoch: 0,
+            epoch: table.epoch(),
             questions: BTreeMap::new(),
             next_question: 0,
             leaving: BTreeMap::new(),

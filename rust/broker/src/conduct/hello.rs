@@ -1,6 +1,7 @@
 //! A client says Hello: whose domain it enters, and what its words call the domain's store.
 //!
-//! A number that no word of the client has yet; but for a forked child its parent's, whose words it has. Relies on the key to tell
+//! A number that no word of the client has yet, nor did while an earlier connection of its process is remembered, whose words it goes on
+//! with; but for a forked child its parent's, whose words it has. Relies on the key to tell
 //! that the child means this store. Nothing of a client is believed that could hurt another.
 
 use super::Conductor;
@@ -10,6 +11,7 @@ use crate::offence::Offence;
 use crate::session::{Phase, Session};
 use crate::wire::{Lineage, ToClient};
 use ksmrs_sys::{StoreNumber, sysctl};
+use std::collections::BTreeSet;
 
 /// Domains of one broker; each has a store of its own.
 const MAX_DOMAINS: usize = 64;
@@ -39,6 +41,15 @@ impl Conductor {
         stores: &[u8],
         born: Option<StoreNumber>,
     ) -> Result<(), Offence> {
+        let Some(peer) = self.sessions.get(&id).map(|session| session.credentials.pid) else {
+            return Ok(());
+        };
+        let connected = self.sessions.values().filter(|session| session.credentials.pid == peer);
+        let departed = self.departed.iter().filter(|departed| departed.pid == peer);
+        let earlier: BTreeSet<StoreNumber> = connected
+            .map(|session| session.store)
+            .chain(departed.map(|departed| departed.store))
+            .collect();
         let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
         };
@@ -49,7 +60,14 @@ impl Conductor {
                 name: name.chars().take(MAX_DOMAIN_NAME).collect(),
             });
         }
-        let free = || STORE_NUMBERS.into_iter().find(|number| !stores.contains(number));
+        let free = || {
+            let named = |number: &u8| stores.contains(number);
+            let remembered = |number: &u8| earlier.contains(&StoreNumber(*number));
+            let fresh = STORE_NUMBERS
+                .into_iter()
+                .find(|number| !named(number) && !remembered(number));
+            fresh.or_else(|| STORE_NUMBERS.into_iter().find(|number| !named(number)))
+        };
         let Some(number) = born.map(|store| store.0).or_else(free) else {
             return Err(Offence::TooMany {
                 what: "stores in one client's words",

@@ -14,7 +14,7 @@ use ksmrs_broker::client::{self, ConnectOptions, Kind, Region};
 use ksmrs_broker::runtime_dir::RuntimeDir;
 use ksmrs_broker::{BrokerOptions, run_broker};
 use ksmrs_sys::State;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
 pub const PAGE: usize = 4096;
 /// Long enough for any machine; nothing waits for it to pass.
@@ -104,7 +104,31 @@ impl BrokerProcess {
     }
 
     fn send(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.0), signal).unwrap();
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_child(&self.0)
+    }
+
+    pub fn lowest_free_descriptor(&self) -> u64 {
+        let is_free = |number: &u64| {
+            let link = format!("/proc/{}/fd/{number}", self.0.id());
+            std::fs::symlink_metadata(link).is_err()
+        };
+        (0..).find(is_free).unwrap()
+    }
+
+    /// Returns what the limit was.
+    pub fn limit_descriptors(&self, count: u64) -> u64 {
+        let limit = Rlimit {
+            current: Some(count),
+            maximum: getrlimit(Resource::Nofile).maximum,
+        };
+        prlimit(Some(self.pid()), Resource::Nofile, limit)
+            .unwrap()
+            .current
+            .unwrap()
     }
 
     pub fn stop(&self) {
