@@ -147,3 +147,23 @@ fn frames_of_earlier_connections_go() {
         assert_eq!(counter("store_bytes"), 0);
     });
 }
+
+/// At the end of a program regions are retired, and show what they show to the last: also the frames of an earlier connection.
+#[test]
+fn retired_regions_keep_the_frames_of_earlier_connections() {
+    alone("retired_regions_keep_the_frames_of_earlier_connections", 60, || {
+        let _broker = BrokerProcess::start();
+        let both = [1, 2].map(|_| filled(256, Kind::Private, 1));
+        merge();
+        client::disconnect().unwrap();
+        client::connect().unwrap();
+        client::set("run", "0").unwrap();
+        both.iter().for_each(|region| region.retire());
+        // Each second the remapper looks which connections are named no more.
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(3) {
+            assert_eq!(both.each_ref().map(|region| wrong(region, 1)), [0, 0]);
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    });
+}

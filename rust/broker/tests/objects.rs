@@ -199,3 +199,47 @@ fn what_a_dead_client_left_out_of_its_object_is_written_back() {
         assert!(named.page(at as u64) == *expected, "page {at}");
     }
 }
+
+/// A process executes another program (its number stays, its memory goes), which opts the object in before the broker brought back what
+/// the first one left out of it.
+#[test]
+fn what_a_program_left_out_is_written_back_though_the_next_one_has_its_number() {
+    let broker = Broker::start("exec");
+    let mut first = FakeClient::new(&broker);
+    let (_, word) = first.join([70, 70]);
+    first.merge();
+    let frame = first.word(word).frame().expect("it merged");
+    let named = Named::new("exec", 8);
+    join(&mut first, 9, 8, named.object(), &named.file).unwrap();
+    let merged = Word::PRIVATE.with_state(State::Merged).with_frame(frame.0, frame.1);
+    first.store_word(FIRST_WORD + 9, merged);
+    let mut next = FakeClient::new(&broker);
+    // Its last life page: nothing is written back before.
+    let life = first.life.take();
+    drop(first);
+    let early = join(&mut next, 9, 8, named.object(), &named.file);
+    assert!(early.is_err_and(|reason| reason.contains("has opted it in")));
+    drop(life);
+    wait_for(
+        || join(&mut next, 9, 8, named.object(), &named.file).is_ok(),
+        || "the object, for the next program".to_owned(),
+    );
+    assert!(named.page(0) == page(70), "it is whole");
+}
+
+/// An earlier connection's words are its process's words still: what that connection called the store, no later one may, as long as the
+/// broker would read words for it.
+#[test]
+fn a_store_number_is_not_given_to_a_process_twice_while_it_is_remembered() {
+    let broker = Broker::start("number");
+    let mut first = FakeClient::new(&broker);
+    let (number, life) = (first.number, first.life.take());
+    let second = FakeClient::new(&broker);
+    assert_ne!(second.number, number, "both are connected");
+    drop(first);
+    broker.logged("client closed its socket client=1");
+    assert!(![number, second.number].contains(&FakeClient::new(&broker).number));
+    drop(life);
+    broker.logged("nothing shows its frames client=1");
+    assert_eq!(FakeClient::new(&broker).number, number, "it is free again");
+}
