@@ -199,7 +199,7 @@ impl Inheritance {
     ///
     /// # Errors
     /// As [`fork::begin_life`].
-    pub fn begin(&self, in_child: fn()) -> Result<u32, SysError> {
+    pub fn begin(&self, in_child: fn(bool)) -> Result<u32, SysError> {
         let era = fork::begin_life(in_child)?;
         if self.complete {
             life::inherit(self.era, era);

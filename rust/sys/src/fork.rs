@@ -15,7 +15,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::cell::Cell;
 use std::ptr;
-use std::sync::Once;
+use std::sync::OnceLock;
 
 /// A page that holds the era of the process that made it, and zero in every child of it.
 static MARKER: AtomicPtr<AtomicU32> = AtomicPtr::new(ptr::null_mut());
@@ -48,12 +48,34 @@ pub fn is_unregistered() -> bool {
     era().is_none()
 }
 
-/// Begins a life: in a fresh process, and in a child that wants regions of its own. `in_child` is called in children of fork(),
-/// so that they forget their parent's threads. The caller sees to it that only one thread does this.
+/// From now on `in_child` is called in children of fork(), so that they forget their parent's threads, and told whether the parent had
+/// begun a life. What a thread is at when its process forks is only safe where this was called before.
+///
+/// # Errors
+/// The C library has no memory for it.
+pub fn expect_children(in_child: fn(bool)) -> Result<(), SysError> {
+    static REGISTERED: OnceLock<libc::c_int> = OnceLock::new();
+    IN_CHILD.store(in_child as *mut (), Ordering::Release);
+    let registered = REGISTERED.get_or_init(|| {
+        // SAFETY: three functions that live as long as the process (the extension module is never unloaded).
+        unsafe { libc::pthread_atfork(Some(prepare), Some(in_parent), Some(in_the_child)) }
+    });
+    match *registered {
+        0 => Ok(()),
+        errno => Err(SysError::Call {
+            call: "pthread_atfork",
+            what: "fork handlers",
+            errno: rustix::io::Errno::from_raw_os_error(errno),
+        }),
+    }
+}
+
+/// Begins a life: in a fresh process, and in a child that wants regions of its own. `in_child` as for [`expect_children`]. The caller sees
+/// to it that only one thread does this.
 ///
 /// # Errors
 /// The kernel refused a page, or to wipe it in children (before Linux 4.14): merging is unsafe there.
-pub fn begin_life(in_child: fn()) -> Result<u32, SysError> {
+pub fn begin_life(in_child: fn(bool)) -> Result<u32, SysError> {
     if let Some(era) = era() {
         return Ok(era);
     }
@@ -63,21 +85,7 @@ pub fn begin_life(in_child: fn()) -> Result<u32, SysError> {
     gate::reset();
     futex::forget_waiters();
     registry::reset_readers();
-    IN_CHILD.store(in_child as *mut (), Ordering::Release);
-    static REGISTER: Once = Once::new();
-    let mut registered = 0;
-    REGISTER.call_once(|| {
-        // SAFETY: three functions that live as long as the process (the extension module is never unloaded).
-        registered = unsafe { libc::pthread_atfork(Some(prepare), Some(in_parent), Some(in_the_child)) };
-    });
-    if registered != 0 {
-        let errno = rustix::io::Errno::from_raw_os_error(registered);
-        return Err(SysError::Call {
-            call: "pthread_atfork",
-            what: "fork handlers",
-            errno,
-        });
-    }
+    expect_children(in_child)?;
     let era = ERAS.fetch_add(1, Ordering::SeqCst) + 1;
     // SAFETY: mapped above or by an ancestor; never unmapped.
     unsafe { &*MARKER.load(Ordering::Acquire) }.store(era, Ordering::Release);
@@ -217,22 +225,24 @@ extern "C" fn in_parent() {
 }
 
 extern "C" fn in_the_child() {
-    let Some(Held {
-        rest: Some(mut rest), ..
-    }) = HELD.take()
-    else {
+    let Some(Held { rest, _heap: heap }) = HELD.take() else {
         return;
     };
-    let snapshot = rest.snapshot.take();
-    drop(rest);
-    gate::reset();
-    futex::forget_waiters();
-    registry::reset_readers();
+    let lived = rest.is_some();
+    let snapshot = rest.and_then(|mut rest| rest.snapshot.take());
+    drop(heap);
+    if lived {
+        gate::reset();
+        futex::forget_waiters();
+        registry::reset_readers();
+    }
     let in_child = IN_CHILD.load(Ordering::Acquire);
     if !in_child.is_null() {
-        // SAFETY: stored by begin_life from a fn() of this very type.
-        let in_child = unsafe { core::mem::transmute::<*mut (), fn()>(in_child) };
-        in_child();
+        // SAFETY: stored by expect_children from a fn(bool) of this very type.
+        let in_child = unsafe { core::mem::transmute::<*mut (), fn(bool)>(in_child) };
+        in_child(lived);
     }
-    born::keep(snapshot);
+    if lived {
+        born::keep(snapshot);
+    }
 }

@@ -40,7 +40,7 @@ impl Stage {
     fn of(kind: Kind, pages: u32, page: u8, frame: u8) -> Stage {
         failpoint::configure().unwrap();
         assert!(mutant::choose(std::env::var(MUTANT).ok().as_deref()));
-        fork::begin_life(|| ()).unwrap();
+        fork::begin_life(|_| ()).unwrap();
         signal::install().unwrap();
         let table: &'static ClientTable = Box::leak(Box::new(ClientTable::create(512).unwrap().0));
         let region = Region::create(table, pages, kind).unwrap();

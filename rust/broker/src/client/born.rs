@@ -4,19 +4,25 @@
 //! child stays unregistered, which is safe; it never fails and never waits for a broker.
 
 use super::{Client, LIFE, MAX_LIVES, in_child, lock, process, remapper};
-use ksmrs_sys::born;
+use ksmrs_sys::{born, fork};
 use std::sync::atomic::Ordering;
 
-/// Says that children of fork() will call [`born()`]; without that a fork keeps nothing for them.
+/// Says that children of fork() will call [`born()`]; without that a fork keeps nothing for them. For the beginning of a program, when no
+/// other thread knows of ksmrs: what another one is at when the program forks is safe from here on.
 pub fn expect_births() {
     born::expect();
+    process();
+    // Where it fails, beginning says so.
+    if let Err(error) = fork::expect_children(in_child) {
+        tracing::info!(%error, "a child may find locks taken");
+    }
 }
 
 /// In a child of fork(), before anything else: makes its parent's private regions its own. The broker is met after a second, or at
 /// the first call that needs it.
 pub fn born() {
     let process = process();
-    let options = lock(&process.options).clone();
+    let options = (**process.options.load()).clone();
     // An embedded broker is a thread of the parent, and out of reach.
     if options.embedded || options.broker_command.is_empty() || LIFE.load(Ordering::Acquire) >= MAX_LIVES {
         return born::forget();

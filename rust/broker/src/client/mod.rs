@@ -30,6 +30,7 @@ mod tracker;
 
 use crate::runtime_dir::RuntimeDirError;
 use crate::wire::{Answer, ErrorCode, Lineage, Question, WireError};
+use arc_swap::ArcSwap;
 use ksmrs_sys::page_table::ClientTable;
 use ksmrs_sys::{fork, signal};
 use mailbox::{Event, Mailbox};
@@ -37,7 +38,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 pub use crate::wire::{Counters, Kind, MergeReport, Status};
@@ -157,7 +158,8 @@ impl Error {
 
 /// What a process keeps between calls, once per life: a forked child begins its own.
 struct Process {
-    options: Mutex<ConnectOptions>,
+    /// Read without a lock: a child may be forked at any moment.
+    options: ArcSwap<ConnectOptions>,
     client: Mutex<Option<&'static Client>>,
     /// What the remapper leaves for children.
     bequest: Mutex<Bequest>,
@@ -189,23 +191,24 @@ fn process() -> &'static Process {
     let life = LIFE.load(Ordering::Acquire).min(MAX_LIVES - 1);
     LIVES[life].get_or_init(|| {
         let parent = life.checked_sub(1).and_then(|parent| LIVES[parent].get());
-        let options = parent
-            .and_then(|parent| parent.options.try_lock().ok())
-            .map(|options| options.clone());
+        let options = parent.map(|parent| parent.options.load_full());
         let bequest = parent
             .and_then(|parent| parent.bequest.try_lock().ok())
             .map(|bequest| bequest.clone());
         Process {
-            options: Mutex::new(options.unwrap_or_default()),
+            options: ArcSwap::new(options.unwrap_or_default()),
             client: Mutex::new(None),
             bequest: Mutex::new(bequest.unwrap_or_default()),
         }
     })
 }
 
-/// In the child of a fork.
-fn in_child() {
-    LIFE.fetch_add(1, Ordering::AcqRel);
+/// In the child of a fork. Its place is its parent's only where that never lived, and no thread of it was about to.
+fn in_child(lived: bool) {
+    let is_free = || !matches!(process().client.try_lock(), Err(TryLockError::WouldBlock));
+    if lived || !is_free() {
+        LIFE.fetch_add(1, Ordering::AcqRel);
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -233,7 +236,7 @@ fn client() -> Result<&'static Client, Error> {
     }
     let era = fork::begin_life(in_child)?;
     signal::install()?;
-    let (table, mailbox) = remapper::begin(lock(&process.options).clone(), &process.bequest)?;
+    let (table, mailbox) = remapper::begin((**process.options.load()).clone(), &process.bequest)?;
     ksmrs_sys::born::use_table(table);
     let begun: &'static Client = Box::leak(Box::new(Client { table, mailbox, era }));
     *client = Some(begun);
@@ -248,7 +251,7 @@ fn client_if_begun() -> Option<&'static Client> {
         return Some(client);
     }
     // A raw clone, which no fork handler saw: what was begun was begun by the parent.
-    in_child();
+    in_child(true);
     None
 }
 
@@ -258,9 +261,10 @@ fn client_if_begun() -> Option<&'static Client> {
 /// [`Error::Configured`] when this process already runs with other options.
 pub fn configure(options: ConnectOptions) -> Result<(), Error> {
     let begun = client_if_begun();
-    let mut current = lock(&process().options);
+    let kept = &process().options;
+    let current = kept.load();
     if let Some(client) = begun
-        && *current != options
+        && **current != options
     {
         if client.mailbox.is_connected() {
             let domain = &current.domain;
@@ -272,7 +276,7 @@ pub fn configure(options: ConnectOptions) -> Result<(), Error> {
         }
         client.mailbox.push(Event::Configure(options.clone()));
     }
-    *current = options;
+    kept.store(Arc::new(options));
     Ok(())
 }
 
@@ -388,7 +392,7 @@ fn ask_without_starting(question: Question) -> Result<Option<Answer>, Error> {
             Err(Error::Lost) => Ok(None),
             answer => answer.map(Some),
         },
-        _ => query::ask_running(&lock(&process().options).clone(), question),
+        _ => query::ask_running(&process().options.load_full(), question),
     }
 }
 

@@ -27,11 +27,16 @@ pub(super) enum Life {
     Out,
 }
 
-/// A block's word: its life, the pass in which it was lent, its pages.
+/// A block's word: its life, when it was lent and with what in it, its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Block {
     pub(super) life: Life,
+    /// Whether it was lent with the bytes of an earlier one.
+    pub(super) used: bool,
+    /// The pass in which it was lent.
     pub(super) pass: u16,
+    /// The second in which it was lent, of 256.
+    pub(super) second: u8,
     pub(super) pages: u32,
 }
 
@@ -45,7 +50,8 @@ impl Block {
             Life::Open => 2,
             Life::Out => 3,
         };
-        life | u64::from(self.pass) << 8 | u64::from(self.pages) << 32
+        let when = u64::from(self.pass) << 8 | u64::from(self.second) << 24;
+        life | u64::from(self.used) << 2 | when | u64::from(self.pages) << 32
     }
 
     fn of(word: u64) -> Block {
@@ -56,7 +62,9 @@ impl Block {
                 3 => Life::Out,
                 _ => Life::Free,
             },
+            used: word & 4 != 0,
             pass: (word >> 8) as u16,
+            second: (word >> 24) as u8,
             pages: (word >> 32) as u32,
         }
     }
@@ -66,10 +74,12 @@ impl Block {
 pub(super) struct Arena {
     pub(super) number: u32,
     pub(super) region: Arc<Region>,
-    /// By first page, as are `bytes`: what was asked for.
+    /// By first page, as are `asked`: how many bytes were asked for, and above them by which thread.
     blocks: Box<[AtomicU64]>,
-    bytes: Box<[AtomicU64]>,
+    asked: Box<[AtomicU64]>,
 }
+
+const BYTES: u64 = (1 << 48) - 1;
 
 /// Zeros that need no memory before they are written; `None` where there is no room, for an allocator must not end its program.
 fn zeros(count: u32) -> Option<Box<[AtomicU64]>> {
@@ -88,7 +98,7 @@ impl Arena {
             number,
             region,
             blocks: zeros(pages)?,
-            bytes: zeros(pages)?,
+            asked: zeros(pages)?,
         })
     }
 
@@ -101,8 +111,9 @@ impl Arena {
         Block::of(self.blocks[first as usize].load(Ordering::Acquire))
     }
 
-    pub(super) fn lend(&self, first: u32, block: Block, bytes: usize) {
-        self.set_bytes(first, bytes);
+    pub(super) fn lend(&self, first: u32, block: Block, bytes: usize, thread: u16) {
+        let asked = bytes as u64 & BYTES | u64::from(thread) << 48;
+        self.asked[first as usize].store(asked, Ordering::Relaxed);
         self.blocks[first as usize].store(block.word(), Ordering::Release);
     }
 
@@ -121,11 +132,19 @@ impl Arena {
 
     /// How many bytes were asked for.
     pub(super) fn bytes(&self, first: u32) -> usize {
-        self.bytes[first as usize].load(Ordering::Relaxed) as usize
+        (self.asked[first as usize].load(Ordering::Relaxed) & BYTES) as usize
     }
 
+    /// Who asked for them, by a number that threads may share when there were very many.
+    pub(super) fn thread(&self, first: u32) -> u16 {
+        (self.asked[first as usize].load(Ordering::Relaxed) >> 48) as u16
+    }
+
+    /// Whoever has the block uses it for another number of bytes.
     pub(super) fn set_bytes(&self, first: u32, bytes: usize) {
-        self.bytes[first as usize].store(bytes as u64, Ordering::Relaxed);
+        let asked = &self.asked[first as usize];
+        let thread = asked.load(Ordering::Relaxed) & !BYTES;
+        asked.store(bytes as u64 & BYTES | thread, Ordering::Relaxed);
     }
 
     /// The blocks that are lent, as they are met.

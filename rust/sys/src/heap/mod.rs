@@ -1,7 +1,8 @@
 //! Memory that is lent out in blocks and merges while it is lent: what a program's allocator is made of.
 //!
 //! Blocks are whole pages of *arenas*, regions of which only some pages take part (`parts.rs`). A block takes part once it outlived
-//! a pass, so that what lives for moments costs nothing but its place; freed, it is abandoned: what shows a frame becomes fresh
+//! a pass, so that what lives for moments costs nothing but its place, and, if it was lent with an earlier one's bytes, once it is sure to
+//! be filled ([`FILLED`]); freed, it is abandoned: what shows a frame becomes fresh
 //! memory and nothing is copied. What is freed without having taken part keeps its memory for the next block of that size, up to
 //! [`KEEP`], until nobody came for it through a pass and [`SURPLUS`]. A lent address is found in a table of 2 MiB units, without a lock.
 //!
@@ -37,6 +38,10 @@ use std::time::{Duration, Instant};
 pub const KEEP: core::ops::RangeInclusive<usize> = 4 << 20..=64 << 20;
 /// How long blocks that nobody comes for keep their memory at least: less than a program that computes anything lets them lie.
 const SURPLUS: Duration = Duration::from_secs(1);
+/// How long a block with the bytes of an earlier one is taken for one that a system call may be filling. What it has not filled yet may
+/// equal something, and is frozen while it merges: the call would stop there and say EFAULT, or how far it came, which NumPy's `fromfile`
+/// does not look at. 32 MiB are read in less. Memory without bytes merges with nothing.
+const FILLED: u8 = 10;
 /// Larger blocks give their memory back when they are freed, as the C library unmaps such.
 const KEEP_BLOCK: u32 = (32 << 20) / PAGE_SIZE as u32;
 /// From this size on a block's memory is asked to be of huge pages, as NumPy does for its own: the first write to each 2 MiB, and
@@ -316,10 +321,12 @@ pub fn lend(bytes: usize) -> Option<Fresh> {
     let arena = heap.arenas.get(&place.arena)?;
     let block = Block {
         life: Life::Lent,
+        used: !zeros,
         pass: PASS.load(Ordering::Relaxed) as u16,
+        second: second(),
         pages,
     };
-    arena.lend(place.first, block, bytes);
+    arena.lend(place.first, block, bytes, this_thread());
     let address = arena.address(place.first);
     if zeros && pages >= HUGE_FROM && heap.huge {
         // Lent, it keeps its arena there.
@@ -328,6 +335,26 @@ pub fn lend(bytes: usize) -> Option<Fresh> {
         region.want_huge_pages(span(place.first, pages));
     }
     Some(Fresh { address, zeros })
+}
+
+/// The second that it is, of 256.
+fn second() -> u8 {
+    rustix::time::clock_gettime(rustix::time::ClockId::MonotonicCoarse).tv_sec as u8
+}
+
+/// A number of the thread that calls.
+fn this_thread() -> u16 {
+    static THREADS: AtomicU32 = AtomicU32::new(0);
+    thread_local! {
+        static NUMBER: u16 = THREADS.fetch_add(1, Ordering::Relaxed) as u16;
+    }
+    // A thread that ends frees what it has, and may want memory for that.
+    NUMBER.try_with(|number| *number).unwrap_or(0)
+}
+
+/// Whether no system call fills a block any more, as far as its age tells.
+fn is_filled(block: Block, now: u8) -> bool {
+    !block.used || now.wrapping_sub(block.second) >= FILLED
 }
 
 /// Bytes that were asked for at a lent address, and bytes that are there; `None` where nothing of the heap begins.
@@ -387,19 +414,25 @@ pub fn pass_began(pass: u16) {
     if PASS.swap(pass.into(), Ordering::AcqRel) == u32::from(pass) || !blocks_take_part() {
         return;
     }
+    let now = second();
     for arena in arenas() {
-        open(&arena, blocks_take_part, |_, block| block.pass != pass);
+        open(&arena, blocks_take_part, |_, block| {
+            block.pass != pass && is_filled(block, now)
+        });
     }
     heap().give_surplus_back();
 }
 
-/// Has all that is lent take part at once, unless it was withdrawn.
+/// Has all that is lent take part at once, unless it was withdrawn, or another thread than the one that calls may be filling it.
 pub fn open_all() {
     if !blocks_take_part() {
         return;
     }
+    let (now, caller) = (second(), this_thread());
     for arena in arenas() {
-        open(&arena, blocks_take_part, |_, _| true);
+        open(&arena, blocks_take_part, |first, block| {
+            is_filled(block, now) || arena.thread(first) == caller
+        });
     }
 }
 
@@ -494,7 +527,7 @@ mod tests {
     /// Their addresses are anybody's next.
     #[test]
     fn ended_arenas_are_found_no_more() {
-        fork::begin_life(|| ()).unwrap();
+        fork::begin_life(|_| ()).unwrap();
         let end = |arena: Arc<Region>| arena.close();
         assert!(begin(Supply { make, end }));
         let blocks = [(); IDLE + 3].map(|()| lend(ARENA as usize * PAGE_SIZE).unwrap().address);

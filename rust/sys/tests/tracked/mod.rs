@@ -33,7 +33,7 @@ pub struct Tracked {
 
 /// Faults are served from here on.
 pub fn begin() {
-    fork::begin_life(|| ()).unwrap();
+    fork::begin_life(|_| ()).unwrap();
     signal::install().unwrap();
 }
 
