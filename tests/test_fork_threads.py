@@ -1,6 +1,6 @@
 """Forks of a process whose other threads are just asking ksmrs something, or are the first to use it.
 
-What such a thread had locked stays locked in the child. Every child must come back from os.fork() and be a client like any other.
+What such a thread had locked stays locked in the child. Every child must come back from os.fork() and be a client like another.
 """
 
 from __future__ import annotations

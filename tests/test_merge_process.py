@@ -82,7 +82,7 @@ def test_equal_arrays_of_two_processes_are_one_memory() -> None:
         pages = 32 << 20 >> 12
 
         def all_merged() -> bool:
-            # Another process's arrays take part once they outlived a pass, and ten seconds where they have an earlier one's memory.
+            # Arrays of others take part once they outlived a pass, and ten seconds where the memory was an earlier one's.
             ksmrs.merge(60)
             stats = ksmrs.stats()
             return (stats.pages_shared, stats.pages_sharing, stats.ksm_zero_pages) == (pages, pages, pages)
