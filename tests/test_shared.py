@@ -318,6 +318,25 @@ def test_what_may_not_take_part_is_refused_with_its_path(tmp_path: Path) -> None
     os.close(fd)
 
 
+def test_an_object_that_the_program_maps_twice_is_refused() -> None:
+    half = CONTENT.size // 2
+    fd = os.memfd_create("ksmrs-test")
+    os.truncate(fd, CONTENT.size)
+    with mmap.mmap(fd, CONTENT.size) as mapped:
+        mapped[:] = CONTENT.tobytes()
+        with mmap.mmap(fd, half) as again:
+            with pytest.raises(
+                ksmrs.ForeignMemoryError, match=r"memfd:ksmrs-test.* maps the same object once more.*unmap it"
+            ):
+                ksmrs.madvise(mapped, ksmrs.MADV_MERGEABLE, exclusive=True)
+            assert again[:] == mapped[:half] and merged_pages(mapped) == 0
+            # What it does not show may take part.
+            ksmrs.madvise(mapped, ksmrs.MADV_MERGEABLE, half, half, exclusive=True)
+        ksmrs.madvise(mapped, ksmrs.MADV_MERGEABLE, exclusive=True)
+        ksmrs.madvise(mapped, ksmrs.MADV_UNMERGEABLE)
+    os.close(fd)
+
+
 def test_an_object_that_is_cut_short_loses_no_merged_page() -> None:
     ksmrs.tunables.smart_scan = 0
     fd = os.memfd_create("ksmrs-test")
