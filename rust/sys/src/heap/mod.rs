@@ -352,7 +352,7 @@ fn this_thread() -> u16 {
     NUMBER.try_with(|number| *number).unwrap_or(0)
 }
 
-/// Whether no system call fills a block any more, as far as its age tells.
+/// Whether no system call fills a block any more, as far as its age tells: one that is not opened for 256 seconds waits ten more.
 fn is_filled(block: Block, now: u8) -> bool {
     !block.used || now.wrapping_sub(block.second) >= FILLED
 }
