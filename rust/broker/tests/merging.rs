@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use fake::{Broker, FakeClient, PATIENCE, connect, wait_for};
 use ksmrs_broker::runtime_dir::RuntimeDir;
-use ksmrs_broker::wire::{Answer, ErrorCode, Kind, Question, ToBroker, ToClient};
+use ksmrs_broker::wire::{Answer, ErrorCode, Kind, Question, ToBroker};
 use ksmrs_broker::{BrokerOptions, Started, run_broker};
 use ksmrs_sys::peer::{Peer, Wait};
 use ksmrs_sys::{State, Word};
@@ -120,17 +120,10 @@ fn what_is_leaving_shows_its_frame_until_it_has_left() {
     let broker = Broker::start("leaving");
     let mut client = FakeClient::new(&broker);
     let region = client.join([7; 8]);
-    let ToClient::Map { order, runs, .. } = client.work_until(|message| matches!(message, ToClient::Map { .. })) else {
-        unreachable!("the filter lets nothing else through")
-    };
-    let outcomes = runs.iter().map(|run| client.map(run)).collect();
-    for index in 0..8 {
-        client.store_word(index, client.word(index).with_state(State::Leaving));
-    }
-    client.send(ToBroker::Mapped {
-        order,
-        outcomes,
-        cpu_micros: 0,
+    client.merge_and_then(|client| {
+        for index in 0..8 {
+            client.store_word(index, client.word(index).with_state(State::Leaving));
+        }
     });
     // What was not shown after all is let go with its epoch.
     drop(client.turn_life());
@@ -164,16 +157,7 @@ fn what_is_held_in_shared_memory_shows_its_frame() {
     client.until("store_bytes", 0);
     // Seen when the merge is answered.
     let region = client.join([8; 8]);
-    let ToClient::Map { order, runs, .. } = client.work_until(|message| matches!(message, ToClient::Map { .. })) else {
-        unreachable!("the filter lets nothing else through")
-    };
-    let outcomes = runs.iter().map(|run| client.map(run)).collect();
-    hold(&client);
-    client.send(ToBroker::Mapped {
-        order,
-        outcomes,
-        cpu_micros: 0,
-    });
+    client.merge_and_then(hold);
     drop(client.turn_life());
     client.keeps("store_bytes", 4096, "it was held at once");
     client.leave(region, 8);

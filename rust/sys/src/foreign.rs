@@ -123,11 +123,8 @@ impl Foreign {
             return Err(nowhere("parts of it are not mapped"));
         }
         let first = first.filter(|first| first.shared);
-        if let Some(other) = first
-            .as_ref()
-            .map(|first| shown_elsewhere(first, &range))
-            .transpose()?
-            .flatten()
+        if let Some(first) = &first
+            && let Some(other) = shown_elsewhere(first, &range)?
         {
             return Err(SysError::Unfit {
                 mapping: other.describe(),

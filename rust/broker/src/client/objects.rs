@@ -126,8 +126,11 @@ impl Objects {
     /// Nobody waits for an object any more on our account, unless pages of it are away still, of whichever region. (One lease stands for
     /// all of them: they share the program's description.)
     fn give_lease_up(&mut self, id: ObjectId) {
-        let of_it = || self.entries.values().filter(move |entry| entry.object.id == id);
-        if of_it().any(Entry::is_away) {
+        if self
+            .entries
+            .values()
+            .any(|entry| entry.object.id == id && entry.is_away())
+        {
             return;
         }
         for entry in self.entries.values_mut().filter(|entry| entry.object.id == id) {

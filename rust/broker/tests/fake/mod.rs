@@ -457,6 +457,21 @@ impl FakeClient {
         );
     }
 
+    /// Works until it is offered frames, and maps them; the broker hears of it after something else happened.
+    pub fn merge_and_then(&mut self, happens: impl FnOnce(&FakeClient)) {
+        let ToClient::Map { order, runs, .. } = self.work_until(|message| matches!(message, ToClient::Map { .. }))
+        else {
+            unreachable!("the filter lets nothing else through")
+        };
+        let outcomes = runs.iter().map(|run| self.map(run)).collect();
+        happens(self);
+        self.send(ToBroker::Mapped {
+            order,
+            outcomes,
+            cpu_micros: 0,
+        });
+    }
+
     /// Works for a while, through which a counter keeps its value.
     pub fn keeps(&mut self, name: &str, value: i64, why: &str) {
         let begun = std::time::Instant::now();
