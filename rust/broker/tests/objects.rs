@@ -1,14 +1,18 @@
 //! Named objects at the broker: what is refused a lease, who is told of an opener, and what is written back for the dead.
 
 mod fake;
+mod regions;
 
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use fake::{Broker, FakeClient, page, wait_for};
+use ksmrs_broker::client;
 use ksmrs_broker::wire::{Kind, Object, ToBroker, ToClient};
 use ksmrs_sys::peer::Wait;
 use ksmrs_sys::{PAGE_SIZE, State, Word};
+use regions::{BrokerProcess, PATIENCE, adopted, alone, count, mapped};
 use rustix::fs::Mode;
 use rustix::shm;
 
@@ -242,4 +246,38 @@ fn a_store_number_is_not_given_to_a_process_twice_while_it_is_remembered() {
     drop(life);
     broker.logged("nothing shows its frames client=1");
     assert_eq!(FakeClient::new(&broker).number, number, "it is free again");
+}
+
+/// The first region of an object is home at once, the second takes its time: the lease is both regions'.
+#[test]
+fn who_opens_an_object_waits_for_all_regions_over_it() {
+    alone("who_opens_an_object_waits_for_all_regions_over_it", 60, || {
+        let mut broker = Some(BrokerProcess::start());
+        let pages = 8192;
+        // Of a few contents, so that pages merge with each other.
+        let bytes: Vec<u8> = (0..pages).flat_map(|page| [(page % 64 + 1) as u8; PAGE_SIZE]).collect();
+        let named = Named::new("both", pages as u64);
+        named.file.write_all_at(&bytes, 0).unwrap();
+        let address = mapped(&named.file, pages);
+        let regions = [adopted(address, 0..16), adopted(address, 16..pages)];
+        for killed in [false, true] {
+            regions::wait_for("merging", || {
+                let _ = client::merge(Some(PATIENCE), &mut || false);
+                regions.iter().map(|region| count(region, State::Merged)).sum::<usize>() > pages - 64
+            });
+            if killed {
+                drop(broker.take());
+            } else {
+                client::disconnect().unwrap();
+            }
+            let mut found = vec![0; bytes.len()];
+            std::fs::File::from(named.open()).read_exact(&mut found).unwrap();
+            let both = found.chunks_exact(PAGE_SIZE).zip(bytes.chunks_exact(PAGE_SIZE));
+            let wrong = both.filter(|(found, written)| found != written).count();
+            assert_eq!(wrong, 0, "broker killed: {killed}");
+            if !killed {
+                client::connect().unwrap();
+            }
+        }
+    });
 }

@@ -277,12 +277,7 @@ impl Core {
             } else if has(&outcome.covering, i) && slot != Slot::ZERO {
                 self.events.merges += 1;
                 self.broke(page);
-                let place = if self.is_shared(page) {
-                    Place::Detached(slot)
-                } else {
-                    Place::Covering(slot)
-                };
-                self.move_proposed(id, region, page, slot, place, epoch);
+                self.move_proposed(id, region, page, slot, self.over(page, slot), epoch);
             } else if !was_tried {
                 // So nobody's clone shows it. To keep it for the next epoch would pile frames up for as long as
                 // the other address space lives.

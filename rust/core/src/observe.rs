@@ -296,9 +296,7 @@ impl Core {
             Seen::Merged(slot) if from == Place::Merged(slot) => from,
             // It names no frame, so it need not have been proposed by this core: a client keeps such pages over its brokers.
             Seen::Zero if matches!(from, Place::Own | Place::Zero) => Place::Zero,
-            // In shared memory that was Detached before, and shows the frame still where it was never written.
-            Seen::Held(Some(slot)) if known == Some(slot) && self.is_shared(page) => Place::Detached(slot),
-            Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => Place::Covering(slot),
+            Seen::Broken(slot) | Seen::Held(Some(slot)) if known == Some(slot) => self.over(page, slot),
             Seen::Detached(slot) if matches!(from, Place::Merged(_) | Place::Detached(_)) && known == Some(slot) => {
                 Place::Detached(slot)
             }
@@ -315,9 +313,13 @@ impl Core {
         true
     }
 
-    /// Whether a page is of a shared region.
-    pub(crate) fn is_shared(&self, page: PageNumber) -> bool {
-        self.regions.of(page).is_some_and(|region| region.kind == Kind::Shared)
+    /// The place of a page that is said to cover a slot. In shared memory it was Detached before, and shows the frame still where it was
+    /// never written.
+    pub(crate) fn over(&self, page: PageNumber, slot: Slot) -> Place {
+        match self.regions.of(page).map(|region| region.kind) {
+            Some(Kind::Shared) => Place::Detached(slot),
+            _ => Place::Covering(slot),
+        }
     }
 
     /// A merged page was written.

@@ -84,8 +84,7 @@ pub(crate) fn all(smaps: File) -> Result<Vec<Mapped>, SysError> {
 /// # Errors
 /// /proc is not there.
 pub(crate) fn outlines() -> Result<Vec<Mapped>, SysError> {
-    let maps = File::open("/proc/self/maps").map_err(|error| failed(&error))?;
-    read(BufReader::with_capacity(1 << 16, maps), 0..usize::MAX).map_err(|error| failed(&error))
+    all(File::open("/proc/self/maps").map_err(|error| failed(&error))?)
 }
 
 fn failed(error: &io::Error) -> SysError {

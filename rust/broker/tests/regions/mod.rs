@@ -5,6 +5,8 @@
 //! when its time is up.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+use std::ops::Range;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -14,6 +16,8 @@ use ksmrs_broker::client::{self, ConnectOptions, Kind, Region};
 use ksmrs_broker::runtime_dir::RuntimeDir;
 use ksmrs_broker::{BrokerOptions, run_broker};
 use ksmrs_sys::State;
+use ksmrs_sys::foreign::Foreign;
+use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 
 pub const PAGE: usize = 4096;
@@ -147,6 +151,21 @@ impl Drop for BrokerProcess {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Maps so many pages of an object, to the end of the process; where.
+pub fn mapped(object: impl AsFd, pages: usize) -> usize {
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a fresh mapping where the kernel likes.
+    let start = unsafe { rustix::mm::mmap(std::ptr::null_mut(), pages * PAGE, access, MapFlags::SHARED, object, 0) };
+    start.unwrap() as usize
+}
+
+/// Opts some pages of what was [`mapped`] at an address in.
+pub fn adopted(address: usize, pages: Range<usize>) -> Arc<Region> {
+    let range = address + pages.start * PAGE..address + pages.end * PAGE;
+    // SAFETY: the mapping stays as it is to the end.
+    Region::adopt(unsafe { Foreign::look(range, false) }.unwrap()).unwrap()
 }
 
 pub fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
