@@ -225,12 +225,17 @@ def test_a_file_is_read_into_an_earlier_arrays_memory_while_all_merges() -> None
         """
         # What is there already is what is read, so pages that were not read yet are equal to others.
         kept = chance(1, 8 * MIB).copy()
+        for _ in range(2):
+            ksmrs.merge(60)
+        open_before = _ksmrs.heap_bytes()[2]
+        assert open_before == kept.nbytes
         reading, writing = os.pipe()
         begun, go_on = threading.Event(), threading.Event()
-        found = []
+        found, lent = [], []
 
         def read():
             chance(1, 8 * MIB).copy()
+            lent.append(time.monotonic())
             array = np.empty(8 * MIB, np.uint8)  # in the memory of the one before
             found.append((array == kept).all())
             begun.set()
@@ -242,21 +247,22 @@ def test_a_file_is_read_into_an_earlier_arrays_memory_while_all_merges() -> None
                     go_on.wait(60)
             found.append(array)
 
-        reader = threading.Thread(target=read)
+        reader = threading.Thread(target=read, daemon=True)
         reader.start()
         begun.wait(60)
-        open_before = _ksmrs.heap_bytes()[2]
         os.write(writing, kept[:PAGE].data)
-        for _ in range(3):
+        for _ in range(2):
             ksmrs.merge(60)
         assert found == [True], "not the memory of the one before: this tests nothing"
-        assert _ksmrs.heap_bytes()[2] == open_before + kept.nbytes, "what is being read into takes part"
+        held = _ksmrs.heap_bytes()[2] == open_before
+        # Ten seconds it may have; a machine on which two merges take as long tells nothing here.
+        assert held or time.monotonic() - lent[0] > 9, "what is being read into takes part"
         go_on.set()
         with open(writing, "wb") as file:
             file.write(kept[PAGE:].data)
         reader.join()
         assert (found[1] == kept).all()
         # But not for ever.
-        wait_for(lambda: (ksmrs.merge(60), _ksmrs.heap_bytes()[2])[1] == open_before + 2 * kept.nbytes, "its taking part", 60)
+        wait_for(lambda: (ksmrs.merge(60), _ksmrs.heap_bytes()[2])[1] == open_before + kept.nbytes, "its taking part", 60)
         """
     )
