@@ -31,6 +31,12 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PR_GET_THP_DISABLE = 42
 
 
+def pytest_configure() -> None:
+    """Ctrl-C is tested, also where the run was started in the background and inherited that it be ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_report_header() -> str:
     """Which of the two runs this is: with huge pages everywhere, or with none."""
     if ctypes.CDLL(None).prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1:

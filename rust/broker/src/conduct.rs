@@ -169,13 +169,21 @@ impl Conductor {
         let mut wake = None;
         let mut released = false;
         for session in self.sessions.values_mut() {
-            if let Some(epoch) = session.lives.poll(true, now)
-                && let Some(domain) = session.domain.as_ref().and_then(|name| self.domains.get_mut(name))
-            {
+            let Some(domain) = session.domain.as_ref().and_then(|name| self.domains.get_mut(name)) else {
+                continue;
+            };
+            if let Some(epoch) = session.lives.poll(true, now) {
                 domain.core.sealed(session.id, Epoch(epoch));
                 released = true;
             }
-            wake = earliest(wake, session.lives.next_poll(true));
+            let given_up = domain.core.latest_unsealed(session.id).map(|epoch| epoch.0);
+            if session.lives.is_turn_due(given_up, now)
+                && let Err(offence) = session.send(&ToClient::Turn, None)
+            {
+                // Found again when the session is flushed, and dropped there.
+                tracing::debug!(client = session.id.0, %offence, "a turn of the life page not asked for");
+            }
+            wake = earliest(wake, earliest(session.lives.next_poll(true), session.lives.next_turn()));
         }
         let (domains, objects) = (&mut self.domains, &mut self.objects);
         self.departed.retain_mut(|departed| {

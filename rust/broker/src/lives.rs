@@ -16,6 +16,10 @@ const MAX_PAGES: usize = 1024;
 /// The client unmaps the old page right after it sent the new one; a child may keep it for days.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(256);
+/// A client turns its life page by itself after a report that gives something up; what belongs to the page that it turned to is asked for
+/// after this long, then after ever longer pauses, for there may have been no memory for a page.
+const TURN_PAUSE: Duration = Duration::from_millis(50);
+const TURN_PAUSE_GROWTH: u32 = 4;
 
 /// Life pages that have not taken the seal, oldest first.
 #[derive(Debug, Default)]
@@ -26,6 +30,17 @@ pub(crate) struct Lives {
     one_is_missing: bool,
     pause: Duration,
     next: Option<Duration>,
+    owed: Option<Owed>,
+}
+
+/// What was given up in the epoch of the latest page waits for the next one.
+#[derive(Debug)]
+struct Owed {
+    epoch: u32,
+    /// When to ask for it.
+    at: Duration,
+    /// When to ask again, after that.
+    pause: Duration,
 }
 
 impl Lives {
@@ -105,6 +120,28 @@ impl Lives {
         }
     }
 
+    /// Whether to ask a connected client for a fresh page now; it gave something up as late as in the epoch `given_up`.
+    pub(crate) fn is_turn_due(&mut self, given_up: Option<u32>, now: Duration) -> bool {
+        let Some(epoch) = self.latest.filter(|&latest| given_up >= Some(latest)) else {
+            self.owed = None;
+            return false;
+        };
+        let (at, pause) = match &self.owed {
+            Some(owed) if owed.epoch == epoch => (owed.at, owed.pause),
+            _ => (now + TURN_PAUSE, TURN_PAUSE),
+        };
+        let due = at <= now;
+        let pause = if due { pause * TURN_PAUSE_GROWTH } else { pause };
+        let at = if due { now + pause } else { at };
+        self.owed = Some(Owed { epoch, at, pause });
+        due
+    }
+
+    /// When that is to be looked at again.
+    pub(crate) fn next_turn(&self) -> Option<Duration> {
+        self.owed.as_ref().map(|owed| owed.at)
+    }
+
     /// A message was lost that may have brought one: what it would stand for is kept for good.
     pub(crate) fn may_miss_one(&mut self) {
         self.one_is_missing = true;
@@ -143,6 +180,31 @@ mod tests {
         assert!(!lives.are_over() && lives.next_poll(true).is_none());
         assert_eq!(lives.poll(false, 5 * LATER), Some(4));
         assert!(lives.are_over());
+    }
+
+    #[test]
+    fn a_turn_is_asked_for_while_something_waits_for_it() {
+        let mut lives = Lives::default();
+        let at = Duration::from_millis;
+        assert!(!lives.is_turn_due(Some(7), at(0)), "no page at all");
+        let (_one, fd) = LifePage::new().unwrap();
+        lives.turn(7, fd, at(0)).unwrap();
+        assert!(
+            !lives.is_turn_due(Some(6), at(10)),
+            "what is older waits for older pages"
+        );
+        assert_eq!(lives.next_turn(), None);
+        assert!(!lives.is_turn_due(Some(7), at(20)), "it may be on its way");
+        assert_eq!(lives.next_turn(), Some(at(70)));
+        assert!(lives.is_turn_due(Some(8), at(70)));
+        assert!(!lives.is_turn_due(Some(8), at(269)), "it was asked");
+        assert!(lives.is_turn_due(Some(8), at(270)), "it has not answered");
+        let (_two, fd) = LifePage::new().unwrap();
+        lives.turn(8, fd, at(280)).unwrap();
+        assert!(!lives.is_turn_due(Some(8), at(280)), "that is another epoch");
+        assert_eq!(lives.next_turn(), Some(at(330)));
+        assert!(!lives.is_turn_due(None, at(330)), "nothing waits any more");
+        assert_eq!(lives.next_turn(), None);
     }
 
     #[test]

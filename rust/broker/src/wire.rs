@@ -22,7 +22,7 @@ use serde::de::DeserializeOwned;
 pub use message::*;
 
 /// Raised with every change that an older peer could misread. It is part of the socket's name too.
-pub const VERSION: u8 = 5;
+pub const VERSION: u8 = 6;
 /// The longest datagram.
 pub const MAX_DATAGRAM: usize = 64 * 1024;
 /// Runs or ranges in one order: 2048 runs take 26 KiB at most.

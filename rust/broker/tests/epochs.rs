@@ -5,7 +5,7 @@ mod regions;
 
 use fake::{Broker, FakeClient};
 use ksmrs_broker::client::{self, Kind, Region};
-use ksmrs_broker::wire::{Question, ToBroker};
+use ksmrs_broker::wire::{Question, ToBroker, ToClient};
 use ksmrs_sys::life::LifePage;
 use ksmrs_sys::peer::Wait;
 use regions::{BrokerProcess, PAGE, alone, count, counter, filled, forked, merge, wait_for, wrong};
@@ -42,6 +42,24 @@ fn words_read_before_the_turn_is_heard_of_belong_to_the_next_epoch() {
     drop(child);
     // A proposal that came to nothing meanwhile was given up in epoch 3.
     client.epoch = 3;
+    drop(client.turn_life());
+    client.until("store_bytes", 0);
+}
+
+/// The client's turns were all over before the words were read.
+#[test]
+fn a_turn_of_the_life_page_is_asked_for_that_lets_frames_go() {
+    let broker = Broker::start("asked");
+    let mut client = FakeClient::new(&broker);
+    client.join([7; 8]);
+    assert_eq!(client.merge().pages_merged, 8);
+    drop(client.turn_life());
+    for index in 0..8 {
+        client.write(index, 100 + index);
+    }
+    client.until("cow_ksm", 8);
+    client.keeps("store_bytes", 4096, "its epoch goes on");
+    client.work_until(|message| *message == ToClient::Turn);
     drop(client.turn_life());
     client.until("store_bytes", 0);
 }

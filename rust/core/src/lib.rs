@@ -329,9 +329,9 @@ impl Core {
         self.rmap.frames.taken()
     }
 
-    /// The oldest epoch in which the client gave something up that waits for its seal.
-    pub fn oldest_unsealed(&self, client: ClientId) -> Option<Epoch> {
-        self.rmap.limbo.oldest(client)
+    /// The latest epoch in which the client gave something up that waits for its seal.
+    pub fn latest_unsealed(&self, client: ClientId) -> Option<Epoch> {
+        self.rmap.limbo.latest(client)
     }
 
     /// Brings the queues and counts in line with what a client can do now; called after each change of a client.

@@ -65,9 +65,9 @@ impl Limbo {
         self.references
     }
 
-    /// The oldest epoch in which this client gave something up that is still kept.
-    pub(crate) fn oldest(&self, client: ClientId) -> Option<Epoch> {
-        self.given_up.get(&client)?.front().map(|entry| entry.epoch)
+    /// The latest epoch in which this client gave something up that is still kept.
+    pub(crate) fn latest(&self, client: ClientId) -> Option<Epoch> {
+        self.given_up.get(&client)?.back().map(|entry| entry.epoch)
     }
 }
 
@@ -87,7 +87,7 @@ mod tests {
         assert_eq!(limbo.next_sealed(client, Epoch(0)), None);
         assert_eq!(limbo.next_sealed(client, Epoch(2)), Some((Slot(10), 2)));
         assert_eq!(limbo.next_sealed(client, Epoch(2)), None);
-        assert_eq!(limbo.oldest(client), Some(Epoch(3)));
+        assert_eq!(limbo.latest(client), Some(Epoch(3)));
         assert_eq!(limbo.next_sealed(client, Epoch(3)), Some((Slot(12), 2)));
         assert_eq!(limbo.len(), 0);
     }

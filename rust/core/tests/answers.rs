@@ -104,5 +104,5 @@ fn what_was_given_up_belongs_to_the_epoch_after_the_words() {
     };
     core.scanned(order, &turning, clients.now);
     assert_eq!(core.stats().cow_ksm, 2);
-    assert_eq!(core.oldest_unsealed(ONE), Some(Epoch(3)));
+    assert_eq!(core.latest_unsealed(ONE), Some(Epoch(3)));
 }

@@ -162,13 +162,9 @@ impl Remapper {
         loop {
             let upkeep = self.desk.needs_upkeep().then(|| Instant::now() + UPKEEP);
             let weigh = (!self.anchors.is_empty()).then(|| Instant::now() + ANCHOR_WATCH);
-            let turn = self
-                .session
-                .as_ref()
-                .and_then(|session| session.turn_again.map(|(at, _)| at));
             let connected = self.ready().is_some();
             let objects = self.objects.due(connected);
-            let until = [self.try_again, upkeep, weigh, turn, objects, self.glass_until]
+            let until = [self.try_again, upkeep, weigh, objects, self.glass_until]
                 .into_iter()
                 .flatten()
                 .min();
@@ -188,8 +184,6 @@ impl Remapper {
             self.tend_objects();
             self.weigh_anchors();
             self.bequeath();
-            let turned = self.ready().map_or(Ok(()), Session::turn_if_due);
-            self.check(turned);
         }
     }
 
@@ -436,6 +430,7 @@ impl Remapper {
                 self.counted(region, None);
                 Ok(())
             }
+            ToClient::Turn => self.ready().map_or(Ok(()), Session::turn),
             ToClient::Recall { region } => {
                 self.objects.recall(region, &mut self.desk);
                 Ok(())

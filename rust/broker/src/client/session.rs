@@ -15,12 +15,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
 
-/// The life page is turned again this long after a turn that nothing followed, then after ever longer pauses.
-const FIRST_TURN: Duration = Duration::from_millis(50);
-const TURN_PAUSE_GROWTH: u32 = 4;
-const LAST_TURN: Duration = Duration::from_secs(4);
 /// How far the handshake is.
 #[derive(PartialEq, Eq)]
 pub(super) enum Stage {
@@ -45,9 +40,6 @@ pub(super) struct Session {
     pub(super) refused: BTreeSet<u32>,
     /// What handlers and unmerges had given up when the life page was last turned.
     pub(super) given_up: u64,
-    /// When to turn the life page once more, and how long after that to do it again: the broker charges what was given up to the
-    /// epoch that the table says when it reads the words, which may be one later than the report's.
-    pub(super) turn_again: Option<(Instant, Duration)>,
 }
 
 impl Session {
@@ -65,7 +57,6 @@ impl Session {
             leaving: BTreeMap::new(),
             refused: BTreeSet::new(),
             given_up: 0,
-            turn_again: None,
         }
     }
 
@@ -106,23 +97,6 @@ impl Session {
     /// a child would inherit the life page of the epoch that the table says, or of the one before. Where the kernel has no
     /// page to give, the epoch goes on, and what was given up waits with it.
     pub(super) fn turn(&mut self) -> Result<(), Error> {
-        self.turn_again = Some((Instant::now() + FIRST_TURN, FIRST_TURN * TURN_PAUSE_GROWTH));
-        self.begin_epoch()
-    }
-
-    /// The turns that follow one after which nothing happens, ever later, until the broker has surely read its words.
-    pub(super) fn turn_if_due(&mut self) -> Result<(), Error> {
-        match self.turn_again {
-            Some((at, pause)) if at <= Instant::now() => {
-                let again = pause <= LAST_TURN;
-                self.turn_again = again.then(|| (Instant::now() + pause, pause * TURN_PAUSE_GROWTH));
-                self.begin_epoch()
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn begin_epoch(&mut self) -> Result<(), Error> {
         let store = self.store.as_ref().map_or(StoreNumber(0), |(number, _)| *number);
         let (life, fd) = match LifePage::for_store(store) {
             Ok(fresh) => fresh,

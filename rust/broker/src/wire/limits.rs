@@ -120,6 +120,7 @@ impl Message for ToClient {
             ToClient::Refused { .. } => "Refused",
             ToClient::Left { .. } => "Left",
             ToClient::Recall { .. } => "Recall",
+            ToClient::Turn => "Turn",
             ToClient::Scan { .. } => "Scan",
             ToClient::Stage { .. } => "Stage",
             ToClient::Map { .. } => "Map",

@@ -450,6 +450,8 @@ pub enum ToClient {
         /// The client's number for it.
         region: u32,
     },
+    /// Send a fresh life page: something was given up in the epoch of the latest one.
+    Turn,
     /// Bring the words and checksums of these pages up to date.
     Scan {
         /// The order.

@@ -390,6 +390,8 @@ impl FakeClient {
                     unmapped: Bits::All,
                 }
             }
+            // When it turns, each test says.
+            ToClient::Turn => return,
             other => panic!("unexpected {other:?}"),
         };
         self.send(answer);
