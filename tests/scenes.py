@@ -24,6 +24,7 @@ import numpy as np
 import children
 import ksmrs
 from ksmrs import _adopt, _ksmrs
+from mapping_limit import give_mappings_back, take_all_mappings
 
 PAGE = 4096
 PAGES = 256
@@ -45,6 +46,13 @@ def check(array: np.ndarray[Any, np.dtype[np.uint8]], expected: np.ndarray[Any, 
     if not (array == expected).all():
         page = int(np.flatnonzero(array != expected)[0]) // PAGE
         raise Wrong(f"{who}: page {page} holds other bytes than were written")
+
+
+def region_of(array: np.ndarray[Any, np.dtype[np.uint8]]) -> ksmrs.Region:
+    below: Any = array.base
+    while not isinstance(below, ksmrs.Region):
+        below = below.obj if isinstance(below, memoryview) else below.base
+    return below
 
 
 def merged(*arrays: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
@@ -205,11 +213,7 @@ def late_answer() -> None:
 def late_answer_victim() -> None:
     expected = content(1)
     array = ksmrs.array(expected)
-    region = array.base
-    while region is not None and not isinstance(region, ksmrs.Region):
-        region = region.obj if isinstance(region, memoryview) else region.base
-    if region is None:
-        raise SystemExit("no region below the array")
+    region = region_of(array)
     thread = threading.Thread(target=ksmrs.merge, args=(20,))
     thread.start()
     until = time.monotonic() + 30
@@ -292,6 +296,25 @@ def left_while_merging(rounds: int = 3) -> None:
             check(np.frombuffer(mapping, np.uint8), expected, f"round {seed}")
 
 
+def held_at_the_limit() -> None:
+    """Shared memory is written while nothing can be mapped, and opted out before it is home; nobody else shows its frames."""
+    expected = content(1)
+    mine, twin = ksmrs.array(expected, shared=True), ksmrs.array(expected, shared=True)
+    region = region_of(mine)
+    merged(mine, twin)
+    take_all_mappings()
+    written = slice(PAGE // 2, mine.size // 2, 2 * PAGE)
+    mine[written] ^= 255
+    first = PAGES // 2
+    if set(region.page_states()[first:]) != {ksmrs.PageState.DETACHED}:
+        raise SystemExit("nothing is detached: this shows nothing")
+    ksmrs.madvise(mine, ksmrs.MADV_UNMERGEABLE, first * PAGE)
+    give_mappings_back()
+    mine[: first * PAGE], twin[:] = content(3)[: first * PAGE], content(2)
+    let_go(0, rounds=20)
+    check(mine[first * PAGE :], expected[first * PAGE :], "opted out")
+
+
 SCENES = {
     "children-show-frames": children_show_frames,
     "born-children-show-frames": born_children_show_frames,
@@ -301,6 +324,7 @@ SCENES = {
     "late-answer-victim": late_answer_victim,
     "writer-in-the-freeze": writer_in_the_freeze,
     "left-while-merging": left_while_merging,
+    "held-at-the-limit": held_at_the_limit,
 }
 
 if __name__ == "__main__":

@@ -20,22 +20,8 @@ arrays = [region.array(np.uint8, contents.size) for region in regions]
 
 
 AT_THE_LIMIT = """
-import ctypes, mmap
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-limit = int(open("/proc/sys/vm/max_map_count").read())
-base = libc.mmap(None, (limit + 1000) * 8192, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000, -1, 0)
-assert base != ctypes.c_void_p(-1).value
-used = 0
-def take_all_mappings():
-    global used
-    while libc.mprotect(base + used * 8192, 4096, 1) == 0:
-        used += 1
-        assert used < limit + 1000
-def give_mappings_back():
-    libc.mprotect(base, (limit + 1000) * 8192, 0)
+import mmap
+from mapping_limit import give_mappings_back, take_all_mappings
 """
 
 

@@ -29,6 +29,7 @@ SCENES = {
     "born-uncounted": ("born-children-show-frames", ""),
     "unregistered-forgotten": ("unregistered-siblings-show-frames", ""),
     "moved-frame-freed": ("frames-move", ""),
+    "held-covers": ("held-at-the-limit", ""),
     "proposal-freed-on-timeout": ("late-answer", ""),
     "leaving-covers": ("left-while-merging", "merge-mapped=delay:200000;leave-claimed=delay:1000000"),
     "handler-without-claim": ("writer-in-the-freeze", "merge-frozen=delay:3000;merge-committing=delay:3000"),

@@ -18,17 +18,20 @@ pub enum Mutant {
     UnregisteredForgotten = 5,
     /// A frame that moved loses its memory before its pages followed.
     MovedFrameFreed = 6,
+    /// A held page of shared memory is taken for one that has memory of its own.
+    HeldCovers = 7,
 }
 
 impl Mutant {
     /// All of them, by the name that chooses them.
-    pub const ALL: [(&'static str, Mutant); 6] = [
+    pub const ALL: [(&'static str, Mutant); 7] = [
         ("frame-freed-early", Mutant::FrameFreedEarly),
         ("proposal-freed-on-timeout", Mutant::ProposalFreedOnTimeout),
         ("no-epoch", Mutant::NoEpoch),
         ("born-uncounted", Mutant::BornUncounted),
         ("unregistered-forgotten", Mutant::UnregisteredForgotten),
         ("moved-frame-freed", Mutant::MovedFrameFreed),
+        ("held-covers", Mutant::HeldCovers),
     ];
 }
 

@@ -11,6 +11,7 @@ use crate::ahead::Found;
 use crate::checksum::Checksum;
 use crate::frame::Slot;
 use crate::limbo::Epoch;
+use crate::mutant::{self, Mutant};
 use crate::order::{OrderId, Task};
 use crate::page::{Mark, PageNumber, PageRange, Place};
 use crate::region::{ClientId, Kind, RegionId};
@@ -317,7 +318,7 @@ impl Core {
     /// never written.
     pub(crate) fn over(&self, page: PageNumber, slot: Slot) -> Place {
         match self.regions.of(page).map(|region| region.kind) {
-            Some(Kind::Shared) => Place::Detached(slot),
+            Some(Kind::Shared) if !mutant::active(Mutant::HeldCovers) => Place::Detached(slot),
             _ => Place::Covering(slot),
         }
     }

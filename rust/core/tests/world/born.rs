@@ -57,12 +57,6 @@ impl World {
             let slot = Slot(self.roll(2 * SLOTS));
             return [Seen::Merged(slot), Seen::Broken(slot), Seen::Held(Some(slot))][self.roll(3) as usize];
         }
-        match page.word {
-            Word::Private => Seen::Own,
-            Word::Merged(slot) => Seen::Merged(slot),
-            Word::Zero => Seen::Zero,
-            Word::Broken(slot) => Seen::Broken(slot),
-            Word::Held(slot) => Seen::Held(slot),
-        }
+        page.seen()
     }
 }

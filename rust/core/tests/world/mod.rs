@@ -31,13 +31,16 @@ enum Word {
     Merged(Slot),
     Zero,
     Broken(Slot),
+    /// Of a shared region: a private copy of the frame, once it is written.
+    Detached(Slot),
     Held(Option<Slot>),
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Page {
     word: Word,
-    /// Memory of its own; in a private region a merged page that was written has some before its word says so.
+    /// Memory of its own; in a private region a merged page that was written has some before its word says so, a detached page has
+    /// none before it is written.
     own: Option<Content>,
     /// What the program must read.
     must: Content,
@@ -50,8 +53,20 @@ struct Page {
 impl Page {
     fn slot(&self) -> Option<Slot> {
         match self.word {
-            Word::Merged(slot) | Word::Broken(slot) | Word::Held(Some(slot)) => Some(slot),
+            Word::Merged(slot) | Word::Broken(slot) | Word::Detached(slot) | Word::Held(Some(slot)) => Some(slot),
             _ => None,
+        }
+    }
+
+    /// What broker and core read there.
+    fn seen(&self) -> Seen {
+        match self.word {
+            Word::Private => Seen::Own,
+            Word::Merged(slot) => Seen::Merged(slot),
+            Word::Zero => Seen::Zero,
+            Word::Broken(slot) => Seen::Broken(slot),
+            Word::Detached(slot) => Seen::Detached(slot),
+            Word::Held(slot) => Seen::Held(slot),
         }
     }
 }
@@ -254,10 +269,7 @@ impl World {
         if process.dead || process.stopped {
             return;
         }
-        let shared = process
-            .areas
-            .values()
-            .any(|area| area.kind == Kind::Shared && within(area.range, number));
+        let shared = is_shared(&process.areas, number);
         let page = process.pages.get_mut(&number).expect("a page");
         (page.own, page.must) = (Some(content), content);
         match page.word {
@@ -304,20 +316,49 @@ impl World {
         if process.dead || process.stopped {
             return;
         }
-        let shared = process
-            .areas
-            .values()
-            .any(|area| area.kind == Kind::Shared && within(area.range, number));
+        let shared = is_shared(&process.areas, number);
         let page = process.pages.get_mut(&number).expect("a page");
         page.word = match page.word {
+            Word::Held(Some(slot)) if !on && shared => Word::Detached(slot),
             Word::Held(Some(slot)) if !on => Word::Broken(slot),
             Word::Held(None) if !on => Word::Private,
             Word::Held(_) => page.word,
             _ if !on => return,
+            Word::Detached(slot) => Word::Held(Some(slot)),
             Word::Merged(slot) | Word::Broken(slot) if !shared => Word::Held(Some(slot)),
             _ => Word::Held(None),
         };
-        page.own = Some(page.must);
+        if !shared || page.slot().is_none() {
+            page.own = Some(page.must);
+        }
+    }
+
+    /// There is no room to break a merged page of a shared region: the program may write where it is mapped.
+    pub fn detach(&mut self, id: ClientId, n: usize) {
+        let process = self.process(id);
+        let Some(&number) = process.pages.keys().nth(n % process.pages.len().max(1)) else {
+            return;
+        };
+        if process.dead || process.stopped || !is_shared(&process.areas, number) {
+            return;
+        }
+        let page = process.pages.get_mut(&number).expect("a page");
+        if let Word::Merged(slot) = page.word {
+            page.word = Word::Detached(slot);
+        }
+    }
+
+    /// There is room again: what is detached goes back to where its region's memory is.
+    pub fn bring_home(&mut self, id: ClientId) {
+        let process = self.process(id);
+        if process.dead || process.stopped {
+            return;
+        }
+        for page in process.pages.values_mut() {
+            if let Word::Detached(_) = page.word {
+                (page.word, page.own) = (Word::Private, Some(page.must));
+            }
+        }
     }
 
     pub fn fork(&mut self, id: ClientId) {
@@ -438,8 +479,8 @@ impl World {
             for (number, page) in pages {
                 let read = match (page.own, page.word) {
                     (Some(own), _) => Some(own),
-                    (None, Word::Merged(slot)) => self.store[slot.0 as usize],
-                    _ => Some(0),
+                    (None, Word::Zero) => Some(0),
+                    (None, _) => page.slot().and_then(|slot| self.store[slot.0 as usize]),
                 };
                 assert_eq!(read, Some(page.must), "page {number} of {id:?}: {page:?}");
             }
@@ -529,9 +570,13 @@ impl World {
         }
     }
 
+    /// Nobody is stopped or accompanied any more, and there is room for everything.
     pub fn wake_everybody(&mut self) {
-        for process in self.processes.values_mut() {
+        let ids: Vec<ClientId> = self.processes.keys().copied().collect();
+        for id in ids {
+            let process = self.process(id);
             (process.stopped, process.accompanied) = (false, false);
+            self.bring_home(id);
         }
     }
 
@@ -576,6 +621,16 @@ impl World {
     pub fn stages(&self) -> bool {
         let is_stage = |open: &Open| matches!(open.report, Report::Stage { .. });
         self.processes.values().flat_map(|process| &process.open).any(is_stage)
+    }
+
+    /// Frames that held pages of shared regions stand over: whether they were written, only their clients know.
+    pub fn frames_held(&self) -> usize {
+        let held = self.processes.values().flat_map(|process| {
+            let pages = process.pages.iter();
+            let shared = pages.filter(|&(&number, _)| is_shared(&process.areas, number));
+            shared.filter_map(|(_, page)| page.slot())
+        });
+        held.collect::<BTreeSet<Slot>>().len()
     }
 
     pub fn frames_in_store(&self) -> usize {

@@ -108,7 +108,12 @@ impl World {
                         Word::Zero if page.own.is_some() => Word::Private,
                         word => word,
                     };
-                    let Some(own) = page.own else { continue };
+                    let Some(own) = page.own else {
+                        if let Word::Detached(_) = page.word {
+                            page.checksum = None;
+                        }
+                        continue;
+                    };
                     let plain = checksum_of(own);
                     let now = if *nodes { plain.on_node(page.node) } else { plain };
                     if page.checksum.is_none_or(|(before, _)| before != now) {
@@ -134,7 +139,7 @@ impl World {
                     };
                     let holds = match page.word {
                         Word::Private | Word::Broken(_) => page.own,
-                        Word::Merged(shown) => page.own.or(store[shown.0 as usize]),
+                        Word::Merged(shown) | Word::Detached(shown) => page.own.or(store[shown.0 as usize]),
                         _ => continue,
                     };
                     if holds == content {
@@ -156,7 +161,7 @@ impl World {
                     page.own = Some(page.must);
                     page.word = match page.word {
                         Word::Merged(slot) if !shared(number) => Word::Broken(slot),
-                        Word::Merged(_) | Word::Zero => Word::Private,
+                        Word::Merged(_) | Word::Zero | Word::Detached(_) => Word::Private,
                         word => word,
                     };
                 }
@@ -217,15 +222,10 @@ impl World {
                 checksum: None,
             };
         };
-        let seen = match page.word {
-            Word::Private => Seen::Own,
-            Word::Merged(slot) => Seen::Merged(slot),
-            Word::Zero => Seen::Zero,
-            Word::Broken(slot) => Seen::Broken(slot),
-            Word::Held(slot) => Seen::Held(slot),
-        };
-        let checksum = page.checksum.map(|(checksum, at)| (checksum, at == pass));
-        Observation { seen, checksum }
+        Observation {
+            seen: page.seen(),
+            checksum: page.checksum.map(|(checksum, at)| (checksum, at == pass)),
+        }
     }
 
     fn outcome(&mut self, id: ClientId, run: Run, alone: bool) -> RunOutcome {
@@ -242,7 +242,7 @@ impl World {
             let bit = 1 << (i % 64);
             match page.word {
                 _ if lie => outcome.merged[i / 64] |= bit,
-                Word::Merged(shown) if shown == slot => outcome.merged[i / 64] |= bit,
+                Word::Merged(shown) | Word::Detached(shown) if shown == slot => outcome.merged[i / 64] |= bit,
                 Word::Zero if slot == Slot::ZERO => outcome.merged[i / 64] |= bit,
                 Word::Broken(over) | Word::Held(Some(over)) if over == slot => outcome.covering[i / 64] |= bit,
                 _ => {}
