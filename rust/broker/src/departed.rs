@@ -24,7 +24,8 @@ const AGAIN: Duration = Duration::from_millis(500);
 pub(crate) struct Departed {
     pub(crate) id: ClientId,
     pub(crate) domain: String,
-    pub(crate) pid: u32,
+    /// As [`Session::process_key`].
+    pub(crate) process_key: (u32, u32),
     lives: Lives,
     table: Option<TableView>,
     pub(crate) store: StoreNumber,
@@ -46,12 +47,13 @@ pub(crate) enum Found {
 impl Departed {
     /// What is left of a session.
     pub(crate) fn new(session: Session, domain: String, now: Duration) -> Departed {
+        let process_key = session.process_key();
         let mut lives = session.lives;
         lives.hurry(now);
         Departed {
             id: session.id,
             domain,
-            pid: session.credentials.pid,
+            process_key,
             lives,
             table: session.table,
             store: session.store,
@@ -103,7 +105,7 @@ impl Departed {
             Ok(pages) => {
                 tracing::info!(
                     client = self.id.0,
-                    pid = self.pid,
+                    pid = self.process_key.0,
                     pages,
                     "its objects hold all their bytes again"
                 );
@@ -111,7 +113,7 @@ impl Departed {
             }
             // Sealed against writing: nobody's bytes but its own maker's are lost.
             Err(error) if error.errno() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
-                tracing::error!(client = self.id.0, pid = self.pid, %error, "pages cannot be written back to their object");
+                tracing::error!(client = self.id.0, pid = self.process_key.0, %error, "pages cannot be written back to their object");
                 objects.forget(self.id.0);
                 true
             }

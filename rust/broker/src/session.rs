@@ -63,6 +63,8 @@ pub(crate) struct Session {
     pub(crate) id: ClientId,
     pub(crate) connection: BrokerEnd,
     pub(crate) credentials: Credentials,
+    /// The number that its process goes by where it runs; in another namespace the kernel has none for the broker.
+    pub(crate) says: u32,
     /// Tells of its process's end; absent where the kernel does not know the process by that number.
     pub(crate) process: Option<Process>,
     pub(crate) phase: Phase,
@@ -98,6 +100,7 @@ impl Session {
             id,
             connection,
             credentials,
+            says: 0,
             process,
             phase: Phase::Silent,
             domain: None,
@@ -112,6 +115,11 @@ impl Session {
             waiting: VecDeque::new(),
             overflowed: false,
         })
+    }
+
+    /// What tells its process from others that live, as far as numbers do; of a liar only among its own connections.
+    pub(crate) fn process_key(&self) -> (u32, u32) {
+        (self.credentials.pid, self.says)
     }
 
     /// The handshake's order: this message belongs to this phase.

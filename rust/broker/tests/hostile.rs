@@ -236,7 +236,7 @@ fn messages_out_of_order() {
     dropped(&broker, &connection, "domain name");
     let connection = broker.connect();
     send(&connection, &hello((1..=255).collect()), None);
-    dropped(&broker, &connection, "stores in one client's words");
+    dropped(&broker, &connection, "stores that a process's words may name");
 
     let answers: [(ToBroker, &str); 5] = [
         (

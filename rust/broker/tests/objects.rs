@@ -11,7 +11,7 @@ use fake::{Broker, FakeClient, page, wait_for};
 use ksmrs_broker::client;
 use ksmrs_broker::wire::{Kind, Object, ToBroker, ToClient};
 use ksmrs_sys::peer::Wait;
-use ksmrs_sys::{PAGE_SIZE, State, Word};
+use ksmrs_sys::{PAGE_SIZE, State, StoreNumber, Word};
 use regions::{BrokerProcess, PATIENCE, adopted, alone, count, mapped};
 use rustix::fs::Mode;
 use rustix::shm;
@@ -246,6 +246,25 @@ fn a_store_number_is_not_given_to_a_process_twice_while_it_is_remembered() {
     drop(life);
     broker.logged("nothing shows its frames client=1");
     assert_eq!(FakeClient::new(&broker).number, number, "it is free again");
+}
+
+/// Once all numbers are remembered there is none to be had; a process that goes by another number has its own.
+#[test]
+fn a_process_that_all_store_numbers_are_remembered_of_is_refused() {
+    let broker = Broker::start("numbers");
+    let says = |pid| ToBroker::Hello {
+        release: "test".into(),
+        domain: "default".into(),
+        pid,
+        stores: (2..=255).collect(),
+        born: None,
+    };
+    let first = FakeClient::greeting(broker.connect(), &says(1));
+    let other = FakeClient::greeting(broker.connect(), &says(2));
+    assert_eq!((first.number, other.number), (StoreNumber(1), StoreNumber(1)));
+    let connection = broker.connect();
+    connection.send(&says(1), None, Wait::Yes).unwrap();
+    broker.logged("stores that a process's words may name");
 }
 
 /// The first region of an object is home at once, the second takes its time: the lease is both regions'.

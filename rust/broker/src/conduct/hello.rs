@@ -41,11 +41,16 @@ impl Conductor {
         stores: &[u8],
         born: Option<StoreNumber>,
     ) -> Result<(), Offence> {
-        let Some(peer) = self.sessions.get(&id).map(|session| session.credentials.pid) else {
+        let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
         };
-        let connected = self.sessions.values().filter(|session| session.credentials.pid == peer);
-        let departed = self.departed.iter().filter(|departed| departed.pid == peer);
+        session.says = pid;
+        let process = session.process_key();
+        let connected = self
+            .sessions
+            .values()
+            .filter(|session| session.process_key() == process);
+        let departed = self.departed.iter().filter(|departed| departed.process_key == process);
         let earlier: BTreeSet<StoreNumber> = connected
             .map(|session| session.store)
             .chain(departed.map(|departed| departed.store))
@@ -60,18 +65,12 @@ impl Conductor {
                 name: name.chars().take(MAX_DOMAIN_NAME).collect(),
             });
         }
-        let free = || {
-            let named = |number: &u8| stores.contains(number);
-            let remembered = |number: &u8| earlier.contains(&StoreNumber(*number));
-            let fresh = STORE_NUMBERS
-                .into_iter()
-                .find(|number| !named(number) && !remembered(number));
-            fresh.or_else(|| STORE_NUMBERS.into_iter().find(|number| !named(number)))
-        };
+        let is_free = |number: &u8| !stores.contains(number) && !earlier.contains(&StoreNumber(*number));
+        let free = || STORE_NUMBERS.into_iter().find(is_free);
         let Some(number) = born.map(|store| store.0).or_else(free) else {
             return Err(Offence::TooMany {
-                what: "stores in one client's words",
-                limit: STORE_NUMBERS.len() - 1,
+                what: "stores that a process's words may name",
+                limit: STORE_NUMBERS.len(),
             });
         };
         if !self.domains.contains_key(&name) {
