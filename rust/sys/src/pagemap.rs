@@ -58,6 +58,30 @@ struct Ask {
     flags: u32,
 }
 
+/// Pages that have memory of their own.
+#[derive(Default)]
+pub(crate) struct Owned {
+    /// All of them.
+    pub(crate) pages: Bits,
+    /// Those of which that is in swap.
+    pub(crate) swapped: Bits,
+}
+
+impl Owned {
+    /// None of so many.
+    pub(crate) fn reset(&mut self, pages: u32) {
+        self.pages.reset(pages);
+        self.swapped.reset(pages);
+    }
+
+    fn set(&mut self, page: u32, swapped: bool) {
+        self.pages.set(page);
+        if swapped {
+            self.swapped.set(page);
+        }
+    }
+}
+
 /// This process's pagemap, opened by the thread that uses it.
 pub struct Pagemap {
     fd: OwnedFd,
@@ -91,7 +115,7 @@ impl Pagemap {
         span: Span,
         no_frames: bool,
         from: Page,
-        found: &mut Bits,
+        found: &mut Owned,
     ) -> Result<(), SysError> {
         if self.scans.load(Ordering::Relaxed) {
             match self.scan(view, span, no_frames, from, found) {
@@ -138,7 +162,7 @@ impl Pagemap {
             .map_err(SysError::call("ioctl(PAGEMAP_SCAN)", "pagemap"))
     }
 
-    /// Arms the pages of a span that are registered, have memory and are not armed: from now on they are unwritten until they are
+    /// Arms the pages of a span that are registered, in RAM and not armed: from now on they are unwritten until they are
     /// written. Adds them to a set of pages counted from `from`. Never a huge page, which would be split by its first write, and in
     /// private memory none that shows a frame.
     ///
@@ -150,12 +174,12 @@ impl Pagemap {
             Kind::Shared => 0,
         };
         let arm = Ask {
-            all_of: raw::PAGE_IS_WPALLOWED | raw::PAGE_IS_WRITTEN,
-            // A page without memory would get a marker that passes for swapped-out memory.
-            any_of: raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED,
+            // What is not in RAM is not read, and a page without memory would get a marker that passes for swapped-out memory.
+            all_of: raw::PAGE_IS_WPALLOWED | raw::PAGE_IS_WRITTEN | raw::PAGE_IS_PRESENT,
             none_of: raw::PAGE_IS_HUGE | raw::PAGE_IS_PFNZERO | not_ours,
             tell: raw::PAGE_IS_WRITTEN,
             flags: raw::PM_SCAN_WP_MATCHING,
+            ..Ask::default()
         };
         let offset = span.first.0 - from.0;
         self.walk(view, span, arm, |pages, _| {
@@ -180,18 +204,19 @@ impl Pagemap {
         Ok(any)
     }
 
-    fn scan(&self, view: &View, span: Span, no_frames: bool, from: Page, found: &mut Bits) -> Result<(), Errno> {
+    fn scan(&self, view: &View, span: Span, no_frames: bool, from: Page, found: &mut Owned) -> Result<(), Errno> {
         let own = Ask {
             any_of: raw::PAGE_IS_PRESENT | raw::PAGE_IS_SWAPPED,
             // To tell, the kernel has to look at each page's own record, which takes longer than all the rest.
             none_of: if no_frames { 0 } else { raw::PAGE_IS_FILE },
-            tell: raw::PAGE_IS_PFNZERO,
+            tell: raw::PAGE_IS_PFNZERO | raw::PAGE_IS_SWAPPED,
             ..Ask::default()
         };
         let offset = span.first.0 - from.0;
         self.walk(view, span, own, |pages, categories| {
-            if categories & u64::from(raw::PAGE_IS_PFNZERO) == 0 {
-                pages.for_each(|page| found.set(offset + page));
+            let is = |category: u32| categories & u64::from(category) != 0;
+            if !is(raw::PAGE_IS_PFNZERO) {
+                pages.for_each(|page| found.set(offset + page, is(raw::PAGE_IS_SWAPPED)));
             }
         })
     }
@@ -242,7 +267,7 @@ impl Pagemap {
     }
 
     /// The older way: an entry of 8 bytes a page. It cannot tell the page of zeros from memory of one's own.
-    fn read(&self, view: &View, span: Span, from: Page, found: &mut Bits) -> Result<(), Errno> {
+    fn read(&self, view: &View, span: Span, from: Page, found: &mut Owned) -> Result<(), Errno> {
         const PRESENT: u64 = 1 << 63;
         const SWAPPED: u64 = 1 << 62;
         const FILE: u64 = 1 << 61;
@@ -258,7 +283,7 @@ impl Pagemap {
             for entry in entries[..read].as_chunks::<8>().0 {
                 let entry = u64::from_ne_bytes(*entry);
                 if entry & (PRESENT | SWAPPED) != 0 && entry & FILE == 0 {
-                    found.set(span.first.0 - from.0 + at);
+                    found.set(span.first.0 - from.0 + at, entry & SWAPPED != 0);
                 }
                 at += 1;
             }
@@ -326,7 +351,7 @@ mod tests {
                 first: Page(first),
                 pages,
             };
-            let (mut scanned, mut read) = (Bits::default(), Bits::default());
+            let (mut scanned, mut read) = (Owned::default(), Owned::default());
             scanned.reset(pages);
             read.reset(pages);
             pagemap.scans.store(true, Ordering::Relaxed);
@@ -340,7 +365,7 @@ mod tests {
             for at in 0..pages {
                 let written = [0, 1, 63, 64, 511, 512, 700, 1199].contains(&(first + at));
                 assert_eq!(
-                    (scanned.has(at), read.has(at)),
+                    (scanned.pages.has(at), read.pages.has(at)),
                     (written, written),
                     "page {}",
                     first + at

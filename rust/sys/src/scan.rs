@@ -13,7 +13,7 @@ use crate::error::SysError;
 use crate::gate::Pass;
 use crate::mutant::{self, Mutant};
 use crate::numa::Nodes;
-use crate::pagemap::{Bits, Pagemap};
+use crate::pagemap::{Bits, Owned, Pagemap};
 use crate::protocol::{self, Evidence, Kind, Page, Span};
 use crate::region::Region;
 use crate::tracking::{Look, Wish};
@@ -40,6 +40,12 @@ const fn looks_unread(kind: Kind) -> u32 {
 /// Whether a checksum word has a checksum.
 fn is_there(word: &AtomicU64) -> bool {
     ChecksumWord(word.load(Ordering::Relaxed)).checksum48().is_some()
+}
+
+/// Whether anything at all is in swap.
+fn swap_is_used() -> bool {
+    let info = rustix::system::sysinfo();
+    info.freeswap < info.totalswap
 }
 
 /// Pages that are cheaper looked at with their neighbours than left out between two system calls.
@@ -84,7 +90,7 @@ pub struct ScanTools {
     words: Vec<Word>,
     /// The stretches of the span that are looked at more closely.
     parts: Vec<Span>,
-    own: Bits,
+    own: Owned,
     written: Bits,
     /// Pages that need no reading.
     clean: Bits,
@@ -109,7 +115,7 @@ impl ScanTools {
             wishes: Vec::new(),
             words: Vec::new(),
             parts: Vec::new(),
-            own: Bits::default(),
+            own: Owned::default(),
             written: Bits::default(),
             clean: Bits::default(),
             armed: Bits::default(),
@@ -188,7 +194,7 @@ impl Region {
                     tally.clean += 1;
                     continue;
                 }
-                let own = known.then(|| tools.own.has(at));
+                let own = known.then(|| tools.own.pages.has(at));
                 if self.scan_page(evidence, own, pass, tools, &mut tally) {
                     look.armed += u32::from(armed);
                     look.unarmed += u32::from(!armed);
@@ -290,7 +296,7 @@ impl Region {
                 for part in &tools.parts {
                     if sure && part.iter().all(|page| tools.armed.has(page.0 - span.first.0)) {
                         // Only what has memory of its own is armed, and one walk of the page table does for both.
-                        part.iter().for_each(|page| tools.own.set(page.0 - span.first.0));
+                        part.iter().for_each(|page| tools.own.pages.set(page.0 - span.first.0));
                         continue;
                     }
                     let words = &tools.words[(part.first.0 - span.first.0) as usize..][..part.pages as usize];
@@ -300,9 +306,10 @@ impl Region {
                 }
                 Ok(true)
             }
-            // Its holes would get memory by being read.
-            _ if self.view.is_vanishing() => {
-                careful::resident(&self.view, span, &mut tools.own).map_err(SysError::call("mincore", "region"))?;
+            // Its holes would get memory by being read, and what is in swap would come back.
+            (_, Kind::Shared) if self.view.is_vanishing() || swap_is_used() => {
+                careful::resident(&self.view, span, &mut tools.own.pages)
+                    .map_err(SysError::call("mincore", "region"))?;
                 Ok(true)
             }
             _ => Ok(false),
@@ -366,9 +373,11 @@ impl Region {
             }
             _ => return false,
         };
-        if !read {
+        // What the kernel put away for want of use is not brought back to be looked at.
+        let swapped = tools.own.swapped.has(evidence.page.0 - tools.first.0);
+        if !read || swapped {
             // Not a byte of its own to read: forget what it was, unless it still shows the frame that it merged with.
-            if word.state() != State::Merged {
+            if swapped || word.state() != State::Merged {
                 checksum.store(ChecksumWord::NONE.0, Ordering::Relaxed);
             }
             return false;
@@ -406,7 +415,9 @@ impl Region {
         if self.view.is_vanishing() {
             let own = &tools.own;
             let after = page.0 - tools.first.0 + 1..tools.words.len() as u32;
-            let more = after.take(careful::AHEAD as usize).take_while(|next| own.has(*next));
+            let more = after
+                .take(careful::AHEAD as usize)
+                .take_while(|next| own.pages.has(*next));
             let copy = tools.ahead.page(&self.view, page, more.count() as u32)?;
             return Some(tools.checksummer.page(copy));
         }
