@@ -5,7 +5,7 @@
 //! holes are asked for first. Nothing here owns a page, and nothing runs in the signal handler.
 
 use crate::bytes::PageBuffer;
-use crate::error::last_errno;
+use crate::error::{SysError, last_errno};
 use crate::mapping::View;
 use crate::object::PAGE_SIZE;
 use crate::pagemap::Bits;
@@ -39,8 +39,16 @@ pub(crate) unsafe fn copy_to(from: *const u8, to: *mut u8, bytes: usize) -> usiz
 }
 
 /// Whether a byte can be read there; holes count as there.
-pub(crate) fn is_there(address: usize) -> bool {
-    copy(ptr::with_exposed_provenance(address), &mut [0u8]) == 1
+///
+/// # Errors
+/// The kernel reads nothing for us at all.
+pub(crate) fn is_there(address: usize) -> Result<bool, SysError> {
+    let read = copy(ptr::with_exposed_provenance(address), &mut [0u8]);
+    match last_errno() {
+        _ if read == 1 => Ok(true),
+        Errno::FAULT => Ok(false),
+        refused => Err(SysError::call("process_vm_readv", "an object")(refused)),
+    }
 }
 
 /// Asks of every page of a range whether it has memory in RAM (mincore), and tells each; fails where something is not mapped.

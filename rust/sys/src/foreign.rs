@@ -132,7 +132,7 @@ impl Foreign {
             });
         }
         let object = first.map(|first| object_at(&first, range.start));
-        if object.is_some() && !(careful::is_there(range.start) && careful::is_there(range.end - PAGE_SIZE)) {
+        if object.is_some() && !(careful::is_there(range.start)? && careful::is_there(range.end - PAGE_SIZE)?) {
             return Err(nowhere("its object ends before it does"));
         }
         Ok(Foreign {

@@ -306,11 +306,14 @@ impl Region {
                 }
                 Ok(true)
             }
-            // Its holes would get memory by being read, and what is in swap would come back.
-            (_, Kind::Shared) if self.view.is_vanishing() || swap_is_used() => {
+            // Its holes would get memory by being read.
+            (_, Kind::Shared) if self.view.is_vanishing() => {
                 careful::resident(&self.view, span, &mut tools.own.pages)
                     .map_err(SysError::call("mincore", "region"))?;
                 Ok(true)
+            }
+            (_, Kind::Shared) if swap_is_used() => {
+                Ok(careful::resident(&self.view, span, &mut tools.own.pages).is_ok())
             }
             _ => Ok(false),
         }
