@@ -1,4 +1,4 @@
-"""A seccomp filter that turns system calls down, as containers have, for this process and all that it starts.
+"""A seccomp filter that turns system calls down, as containers and older kernels do, for this process and all that it starts.
 
 python tests/seccomp.py CALL[,CALL...] PROGRAM [ARGUMENT...]     runs a Python program behind it
 """
@@ -26,6 +26,8 @@ NUMBERS = {
     "pidfd_getfd": 438,
 }
 """Of x86-64."""
+IOCTL, IOCTLS = 16, {"PAGEMAP_SCAN": 0xC060_6610}
+NUMBER, SECOND_ARGUMENT = 0, 24
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, MODE_FILTER = 22, 38, 2
 RET_ERRNO, RET_ALLOW = 0x0005_0000, 0x7FFF_0000
 LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
@@ -37,9 +39,14 @@ class Program(ctypes.Structure):
 
 def deny(*calls: str) -> None:
     """From now on they say EPERM."""
-    steps = [(LOAD, 0, 0, 0)]
+    denied = (RETURN, 0, 0, RET_ERRNO | errno.EPERM)
+    steps = [(LOAD, 0, 0, NUMBER)]
     for call in calls:
-        steps += [(JUMP_IF_EQUAL, 0, 1, NUMBERS[call]), (RETURN, 0, 0, RET_ERRNO | errno.EPERM)]
+        if call in IOCTLS:
+            steps += [(JUMP_IF_EQUAL, 0, 4, IOCTL), (LOAD, 0, 0, SECOND_ARGUMENT)]
+            steps += [(JUMP_IF_EQUAL, 0, 1, IOCTLS[call]), denied, (LOAD, 0, 0, NUMBER)]
+        else:
+            steps += [(JUMP_IF_EQUAL, 0, 1, NUMBERS[call]), denied]
     steps.append((RETURN, 0, 0, RET_ALLOW))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
     program = Program(len(steps), ctypes.addressof(code))
