@@ -317,8 +317,10 @@ impl Core {
 
     /// Bytes that core spends on clients, pages, frames and trees at this moment; the page tables of the clients are not its own.
     pub fn metadata_bytes(&self) -> usize {
-        let Rmap { frames, stable, .. } = &self.rmap;
-        let trees = stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
+        let Rmap {
+            frames, stable, limbo, ..
+        } = &self.rmap;
+        let trees = limbo.bytes() + stable.bytes() + self.unstable.bytes() + self.foundings.bytes();
         let clients: usize = self.clients.values().map(Client::bytes).sum();
         let members = clients + self.regions.bytes();
         members + self.ahead.bytes() + self.pages.bytes() + frames.bytes() + trees + self.migration.bytes()

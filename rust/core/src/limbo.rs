@@ -60,6 +60,11 @@ impl Limbo {
         Some((entry.first, entry.slots))
     }
 
+    pub(crate) fn bytes(&self) -> usize {
+        let entries: usize = self.given_up.values().map(VecDeque::capacity).sum();
+        self.given_up.allocation_size() + entries * size_of::<Entry>()
+    }
+
     /// References still kept, over all clients.
     pub(crate) fn len(&self) -> u64 {
         self.references

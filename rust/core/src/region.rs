@@ -40,6 +40,9 @@ pub(crate) struct Hint {
 /// the long run, and what is over soon hardly any merges.
 const REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(16));
 
+/// Holes between page numbers that are looked at for a region: those that small regions leave may fit none for ever.
+const HOLES_ASKED: usize = 64;
+
 /// Breaks after which it is asked whether merging pays: 4 MiB that were copied back.
 const MANY_BREAKS: u32 = 1024;
 
@@ -129,6 +132,8 @@ pub(crate) struct Regions {
     all: HashMap<RegionId, Region>,
     by_first: BTreeMap<u32, RegionId>,
     free: BTreeMap<u32, u32>,
+    /// Where the next search for a hole begins.
+    next_hole: u32,
     end: u32,
     next: u32,
     /// Regions of each kind that have not left.
@@ -183,10 +188,14 @@ impl Regions {
 
     fn take_numbers(&mut self, pages: u32, position: u32) -> Option<u32> {
         let up = |from: u32| from.checked_add(position.wrapping_sub(from) % WINDOW);
-        let hole = self.free.iter().find_map(|(&from, &length)| {
+        let mut last = self.next_hole;
+        let holes = self.free.range(last..).chain(self.free.range(..last));
+        let mut asked = holes.take(HOLES_ASKED).inspect(|(from, _)| last = **from);
+        let hole = asked.find_map(|(&from, &length)| {
             let first = up(from)?;
             (first.checked_add(pages)? <= from + length).then_some((from, length, first))
         });
+        self.next_hole = last + 1;
         if let Some((from, length, first)) = hole {
             self.free.remove(&from);
             self.give_numbers(from, first - from);
