@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use ksmrs_core::{ClientId, Epoch};
 use ksmrs_sys::peer::{Listener, Peer, Wait};
-use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
 use crate::cpu::Stopwatch;
@@ -47,6 +47,8 @@ pub(crate) struct Conductor {
     store_slots: Option<u32>,
     /// When there may be descriptors again.
     paused_until: Option<Duration>,
+    /// Given up to read what clients left that are no more, and to have their descriptors back, when there is no other.
+    spare: Option<OwnedFd>,
     buffer: ReceiveBuffer,
 }
 
@@ -62,6 +64,7 @@ impl Conductor {
             last_client: 0,
             store_slots,
             paused_until: None,
+            spare: None,
             buffer: ReceiveBuffer::new(),
         }
     }
@@ -208,6 +211,7 @@ impl Conductor {
                 tv_nsec: i64::from(left.subsec_nanos()),
             }
         });
+        self.keep_spare();
         let paused = self.paused_until.is_some_and(|until| now < until);
         if !paused {
             self.paused_until = None;
@@ -265,10 +269,18 @@ impl Conductor {
         self.paused_until = Some(self.now() + DESCRIPTORS_PAUSE);
     }
 
+    fn keep_spare(&mut self) {
+        if self.spare.is_none() {
+            self.spare = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).ok();
+        }
+    }
+
     /// Reads what a client sent; hearing it is work for its domain.
     fn read(&mut self, id: u32) {
         let mut stopwatch = Stopwatch::start();
         self.read_messages(id);
+        // Before the others are read.
+        self.keep_spare();
         let domain = self.sessions.get(&id).and_then(|session| session.domain.as_ref());
         if let Some(domain) = domain.and_then(|name| self.domains.get_mut(name)) {
             domain.core.spent(stopwatch.lap());
@@ -281,12 +293,12 @@ impl Conductor {
                 return;
             };
             if !session.connection.has_room_for_descriptor() {
-                // Its own are among those that may be had again.
-                if session.connection.is_at_end() {
-                    return self.drop_client(id, None);
+                // Its own are among those that may be had again, once everything is read that it sent.
+                let spare = self.spare.take_if(|_| session.connection.has_hung_up());
+                if spare.is_none() {
+                    tracing::warn!(client = id, "no descriptor is left: nothing is read for a moment");
+                    return self.pause();
                 }
-                tracing::warn!(client = id, "no descriptor is left: nothing is read for a moment");
-                return self.pause();
             }
             let result = match session.connection.receive(&mut self.buffer, Wait::No) {
                 Err(error) if error.is_would_block() => return,

@@ -227,9 +227,9 @@ impl<Out: Message, In: Message> Connection<Out, In> {
         self.peer.has_room_for_descriptor()
     }
 
-    /// Whether no message will come any more.
-    pub fn is_at_end(&self) -> bool {
-        self.peer.is_at_end()
+    /// Whether nothing is sent any more; what was sent may still be there to be received.
+    pub fn has_hung_up(&self) -> bool {
+        self.peer.has_hung_up()
     }
 
     /// Receives the next message and the descriptor that came with it.

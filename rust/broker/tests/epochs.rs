@@ -64,6 +64,21 @@ fn a_turn_of_the_life_page_is_asked_for_that_lets_frames_go() {
     client.until("store_bytes", 0);
 }
 
+/// A child of the epoch in which a region ends shows its frames.
+#[test]
+fn what_a_region_shows_that_ends_is_given_up_in_the_epoch_of_its_end() {
+    let broker = Broker::start("ended");
+    let mut client = FakeClient::new(&broker);
+    let region = client.join([7; 8]);
+    assert_eq!(client.merge().pages_merged, 8);
+    drop(client.turn_life());
+    client.leave(region, 8);
+    let child = client.turn_life();
+    client.keeps("store_bytes", 4096, "a child of that epoch shows the frame");
+    drop(child);
+    client.until("store_bytes", 0);
+}
+
 /// The client turned its life page, forked, and died before it read all that the broker sent. That must not hide the page that the child
 /// has.
 #[test]

@@ -1,10 +1,13 @@
 //! At the limits: no mapping left, a broker that says nothing, one call too many, evidence that is none.
 
+mod fake;
 mod regions;
 
 use std::time::{Duration, Instant};
 
+use fake::{FakeClient, connect};
 use ksmrs_broker::client::{self, Kind, Region};
+use ksmrs_broker::wire::{Question, ToBroker};
 use ksmrs_sys::checksum::Checksummer;
 use ksmrs_sys::protocol::{self, MergeRun, Page, Span, Verdict};
 use ksmrs_sys::region::Region as Bare;
@@ -13,7 +16,7 @@ use ksmrs_sys::scan::ScanTools;
 use ksmrs_sys::staging::{Staging, StagingView};
 use ksmrs_sys::store::{Store, StoreFile};
 use ksmrs_sys::{Slot, State, StoreNumber, fork, page_table};
-use regions::{BrokerProcess, PAGE, PATIENCE, alone, counter, filled, merge, poke, wait_for, wrong};
+use regions::{BrokerProcess, PAGE, PATIENCE, alone, counter, directory, filled, merge, poke, wait_for, wrong};
 use rustix::mm::{MapFlags, ProtFlags};
 
 const PAGES: u32 = 512;
@@ -219,5 +222,29 @@ fn a_broker_without_descriptors_takes_no_life_page_for_lost() {
         merge();
         assert_eq!(wrong(), [2, 2]);
         wait_for("the end of both frames", || counter("frames") == 254);
+    });
+}
+
+/// What the dead sent, life pages among it, could not be read for want of a descriptor, and stands before their end.
+#[test]
+fn a_broker_without_descriptors_has_those_of_the_dead_back() {
+    const TEST: &str = "a_broker_without_descriptors_has_those_of_the_dead_back";
+    alone(TEST, 60, || {
+        let broker = BrokerProcess::start();
+        let both = [1, 2].map(|_| filled(256, Kind::Private, 1));
+        let mut dead = [1, 2, 3].map(|_| FakeClient::over(connect(&directory())));
+        let old = broker.limit_descriptors(broker.lowest_free_descriptor());
+        for client in &mut dead {
+            let question = Question::Stats;
+            client.send(ToBroker::Ask { id: 1, question });
+            drop(client.turn_life());
+            drop(client.turn_life());
+        }
+        assert!(client::merge(Some(Duration::from_secs(1)), &mut || false).is_err());
+        drop(dead);
+        merge();
+        assert_eq!(both.each_ref().map(|region| wrong(region, 1)), [0, 0]);
+        assert_eq!(counter("clients"), 1);
+        broker.limit_descriptors(old);
     });
 }

@@ -67,7 +67,7 @@ fn wait(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
     }
 }
 
-fn directory() -> PathBuf {
+pub fn directory() -> PathBuf {
     std::env::var_os(DIRECTORY).expect("run alone").into()
 }
 
