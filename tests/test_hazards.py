@@ -212,6 +212,26 @@ def test_at_the_mapping_limit_regions_that_share_a_mapping_are_written(zeros: bo
     )
 
 
+def test_at_the_mapping_limit_opting_in_says_so_or_works(shared: bool) -> None:
+    """Where not even a list of the mappings would find memory."""
+    run(
+        AT_THE_LIMIT
+        + textwrap.dedent(f"""
+        memory = mmap.mmap(-1, 2 << 20, mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if {shared} else mmap.MAP_PRIVATE))
+        memory[::4096] = bytes(i % 256 for i in range(512))
+        begun = ksmrs.Region(4096)
+        take_all_mappings()
+        try:
+            ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+        except ksmrs.SystemCallError as refused:
+            assert "Cannot allocate memory" in str(refused), refused
+        give_mappings_back()
+        ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+        assert memory[::4096] == bytes(i % 256 for i in range(512))
+        """)
+    )
+
+
 @pytest.mark.once
 def test_a_stopped_client_and_its_proposals(shared: bool) -> None:
     """A client is stopped while it merges; others go on; when it wakes nothing is wrong."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ksmrs
+from children import run
 from ksmrs import PageState
 
 PAGE = 4096
@@ -143,3 +144,21 @@ def test_what_was_opted_out_stays_out_after_a_pin() -> None:
             pass
         assert region.page_states()[0] == PageState.HELD
         assert region.page_states()[1] != PageState.HELD
+
+
+def test_modules_that_another_thread_is_just_loading_are_none_yet() -> None:
+    run(
+        """
+        import mmap, sys, types
+        import ksmrs
+        memory = mmap.mmap(-1, 1 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for name in ("numpy", "_ctypes", "ctypes", "multiprocessing.shared_memory"):
+            sys.modules[name] = types.ModuleType(name)
+            ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+            with ksmrs.pinned(memory):
+                pass
+            ksmrs.madvise(memory, ksmrs.MADV_UNMERGEABLE)
+            del sys.modules[name]
+        """,
+        prelude=False,
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ksmrs
-from children import Child, equal_regions, merged, run, wait_for, wait_merged
+from children import Child, equal_regions, kill_brokers, merged, run, wait_for, wait_merged
 
 PAGES = 4096
 
@@ -260,3 +260,28 @@ def test_the_next_connection_counts_the_pages_of_zeros_of_the_last(shared: bool)
     array[::4096] = 1
     wait_for(lambda: counted(0), "the end of pages of zeros")
     assert array.sum() == 64
+
+
+@pytest.mark.once
+def test_a_program_ends_while_its_threads_wait_for_merges(runtime_dir: Path) -> None:
+    """They must not come back to an interpreter that is gone, though the process still has something to do at its end."""
+    run(
+        """
+        import ctypes
+        from pathlib import Path
+        from children import brokers_in
+        libc = ctypes.CDLL(None)
+        assert libc.__cxa_atexit(libc.usleep, ctypes.c_void_p(1_500_000), None) == 0
+        region = ksmrs.Region(1 << 20)
+        def merge():
+            while True:
+                ksmrs.merge()
+        for _ in range(3):
+            threading.Thread(target=merge, daemon=True).start()
+        time.sleep(0.3)
+        for broker in brokers_in(Path(os.environ["KSMRS_RUNTIME_DIR"])):
+            os.kill(broker, signal.SIGSTOP)
+        time.sleep(0.2)
+        """
+    )
+    kill_brokers(runtime_dir, signal.SIGKILL)

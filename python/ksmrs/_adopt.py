@@ -29,7 +29,7 @@ from ksmrs._errors import (
     SystemCallError,
     UnsupportedError,
 )
-from ksmrs._extent import extent, is_shared_memory, unwrapped
+from ksmrs._extent import extent, is_ndarray, is_shared_memory, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
 MIN_BYTES = 64 * 1024
@@ -342,11 +342,10 @@ def _gaps(first: int, end: int, touching: list[tuple[int, int, bool]]) -> list[t
 
 def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]:
     """What the memory of a buffer belongs to, and how that is held."""
-    numpy = sys.modules.get("numpy")
     owner = buffer
-    if numpy is not None and isinstance(buffer, numpy.ndarray):
-        while isinstance(owner.base, numpy.ndarray) or _is_stride_trick(owner.base):
-            owner = owner.base if isinstance(owner.base, numpy.ndarray) else owner.base.base
+    if is_ndarray(buffer):
+        while is_ndarray(owner.base) or _is_stride_trick(owner.base):
+            owner = owner.base if is_ndarray(owner.base) else owner.base.base
         if owner.flags.owndata:
             if owner.flags.writebackifcopy:
                 raise ForeignMemoryError("the array is a copy that is written back when it ends: opt the original in")

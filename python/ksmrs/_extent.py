@@ -24,21 +24,30 @@ def unwrapped(buffer: Any) -> Any:
     return buffer.buf
 
 
+def is_a(buffer: Any, module: str, *names: str) -> bool:
+    """Whether this is of a class of a module, which nothing is before it is loaded; another thread may be just loading it."""
+    classes = (getattr(sys.modules.get(module), name, None) for name in names)
+    return isinstance(buffer, tuple(found for found in classes if found is not None))
+
+
+def is_ndarray(buffer: Any) -> bool:
+    """Whether this is a NumPy array."""
+    return is_a(buffer, "numpy", "ndarray")
+
+
 def is_shared_memory(buffer: Any) -> bool:
-    """Whether this is a `SharedMemory` of `multiprocessing`, which nobody has who has not loaded it."""
-    module = sys.modules.get("multiprocessing.shared_memory")
-    return module is not None and isinstance(buffer, module.SharedMemory)
+    """Whether this is a `SharedMemory` of `multiprocessing`."""
+    return is_a(buffer, "multiprocessing.shared_memory", "SharedMemory")
 
 
 def extent(buffer: Any) -> tuple[int, int]:
     """First address and number of bytes."""
     buffer = unwrapped(buffer)
-    ctypes = sys.modules.get("ctypes")
-    if ctypes is not None and isinstance(buffer, ctypes.Array | ctypes.Structure):
+    if is_a(buffer, "_ctypes", "Array", "Structure"):
         # Their buffers do not tell strides.
-        return ctypes.addressof(buffer), ctypes.sizeof(buffer)
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not isinstance(buffer, numpy.ndarray):
+        _ctypes = sys.modules["_ctypes"]
+        return _ctypes.addressof(buffer), _ctypes.sizeof(buffer)
+    if not is_ndarray(buffer):
         return _ksmrs.extent(buffer)
     # Not through the buffer protocol, which knows neither datetime64 nor read-only views of writable memory.
     interface = buffer.__array_interface__

@@ -2,7 +2,7 @@
 
 mod fake;
 
-use fake::{Broker, FakeClient, hello_of_a_child};
+use fake::{Broker, FakeClient, hello_of_a_child, wait_for};
 use ksmrs_broker::wire::{Lineage, ToBroker};
 use ksmrs_sys::{Slot, State, StoreNumber, Word};
 
@@ -43,6 +43,27 @@ fn a_child_keeps_what_its_parent_gave_up() {
     drop(child);
     bystander.until("frames", 0);
     bystander.until("store_bytes", 0);
+}
+
+/// The pages were written before the fork, so that their frames went and only their slots stay; the child copies some of them out of
+/// merging while it joins.
+#[test]
+fn what_a_child_is_giving_back_while_it_joins_is_counted() {
+    let broker = Broker::start("giving");
+    let (mut parent, _) = merged(&broker);
+    (0..8).for_each(|page| parent.write(page, 100 + page));
+    parent.until("cow_ksm", 8);
+    let punched = || {
+        drop(parent.turn_life());
+        parent.counter("store_bytes") == 0
+    };
+    wait_for(punched, || "the frames' end".to_owned());
+    let mut child = FakeClient::born(&broker, &parent);
+    for (index, state) in (0..).zip([State::Leaving, State::Breaking, State::Frozen]) {
+        child.store_word(index, child.word(index).with_state(state));
+    }
+    assert_eq!(child.join_born(0, 8), Ok(0));
+    assert_eq!(child.counter("pages_disbelieved"), 0);
 }
 
 #[test]

@@ -11,6 +11,7 @@ use pyo3::types::PyBytes;
 
 use crate::error::IntoPython;
 use crate::live::{self, Memory};
+use crate::region;
 
 /// A range of whole pages that the program made and opted in.
 #[pyclass(frozen, module = "ksmrs._ksmrs")]
@@ -54,8 +55,8 @@ impl Adopted {
     }
 
     /// One byte per page: its state, as in `ksmrs.PageState`.
-    fn page_states<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, &self.memory.region.page_states())
+    fn page_states<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        region::page_states(py, &self.memory.region)
     }
 
     /// Makes it the plain memory that it was, with its bytes; once more does nothing.

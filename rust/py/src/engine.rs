@@ -142,15 +142,21 @@ pub fn set(py: Python<'_>, knob: &str, value: &str) -> PyResult<()> {
     Ok(())
 }
 
-/// Waits for the engine without the interpreter's lock; a signal whose handler raises ends the waiting.
+/// Waits for the engine without the interpreter's lock; a signal whose handler raises ends the waiting. Such handlers run in the main
+/// thread alone, and no other may come back to an interpreter that perhaps ends meanwhile.
 fn interruptible<T: Send>(
     py: Python<'_>,
     wait: impl FnOnce(&mut dyn FnMut() -> bool) -> Result<T, client::Error> + Send,
 ) -> PyResult<T> {
+    let threading = py.import("threading")?;
+    let main = threading.call_method0("main_thread")?.getattr("ident")?;
+    let hears_signals = threading.call_method0("get_ident")?.eq(main)?;
     let mut signalled = None;
     let outcome = py.detach(|| {
         wait(&mut || {
-            signalled = Python::attach(|py| py.check_signals()).err();
+            if hears_signals {
+                signalled = Python::attach(|py| py.check_signals()).err();
+            }
             signalled.is_some()
         })
     });

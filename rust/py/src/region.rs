@@ -55,6 +55,15 @@ impl Region {
     }
 }
 
+/// One byte per page, or a MemoryError where there is no room for them.
+pub fn page_states<'py>(py: Python<'py>, region: &client::Region) -> PyResult<Bound<'py, PyBytes>> {
+    let states = region.page_states();
+    PyBytes::new_with(py, states.len(), |bytes| {
+        bytes.copy_from_slice(&states);
+        Ok(())
+    })
+}
+
 #[pymethods]
 impl Region {
     #[new]
@@ -110,8 +119,7 @@ impl Region {
 
     /// One byte per page: its state, as in `ksmrs.PageState`.
     fn page_states<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
-        let states = self.memory(py)?.region.page_states();
-        Ok(PyBytes::new(py, &states))
+        page_states(py, &self.memory(py)?.region)
     }
 
     /// Pages that show a frame or, as the last scan saw them, have memory.

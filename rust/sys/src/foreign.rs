@@ -183,11 +183,11 @@ fn continues(first: &Mapped, mapped: &Mapped) -> Result<(), &'static str> {
 fn shown_elsewhere(first: &Mapped, range: &Range<usize>) -> Result<Option<Mapped>, SysError> {
     let begin = object_at(first, range.start).offset;
     let shown = begin..begin + range.len() as u64;
-    Ok(maps::outlines()?.into_iter().find(|other| {
+    maps::first_outline(|other| {
         let apart = other.range.end <= range.start || range.end <= other.range.start;
         let same = (other.device, other.inode) == (first.device, first.inode);
         apart && same && other.offset < shown.end && shown.start < other.offset + other.range.len() as u64
-    }))
+    })
 }
 
 /// The device that shared anonymous memory lives on, and memfds with it: a mount of the kernel's own.

@@ -79,12 +79,25 @@ pub(crate) fn all(smaps: File) -> Result<Vec<Mapped>, SysError> {
     read(BufReader::with_capacity(1 << 16, smaps), 0..usize::MAX).map_err(|error| failed(&error))
 }
 
-/// The mappings of this process, in order, as far as one line tells of each: no flags, no sizes, and no page is walked.
+/// The first mapping of this process that is wanted, as far as one line tells of each: no flags, no sizes, and no page is walked. Holds
+/// one at a time: at the mapping limit a list of all would find no memory.
 ///
 /// # Errors
 /// /proc is not there.
-pub(crate) fn outlines() -> Result<Vec<Mapped>, SysError> {
-    all(File::open("/proc/self/maps").map_err(|error| failed(&error))?)
+pub(crate) fn first_outline(wanted: impl Fn(&Mapped) -> bool) -> Result<Option<Mapped>, SysError> {
+    let maps = File::open("/proc/self/maps").map_err(|error| failed(&error))?;
+    let mut maps = BufReader::with_capacity(1 << 16, maps);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        if maps.read_until(b'\n', &mut line).map_err(|error| failed(&error))? == 0 {
+            return Ok(None);
+        }
+        let mapped = header(String::from_utf8_lossy(&line).trim_end_matches('\n'));
+        if let Some(mapped) = mapped.filter(&wanted) {
+            return Ok(Some(mapped));
+        }
+    }
 }
 
 fn failed(error: &io::Error) -> SysError {
