@@ -30,6 +30,8 @@ use crate::wire::{
 
 /// Messages read from one client before the next one has its turn.
 const MESSAGES_PER_TURN: usize = 64;
+/// More than the kernel takes would end the broker.
+const LONGEST_WAIT: Duration = Duration::from_secs(86_400);
 /// How long accepting and reading pause when descriptors run out.
 const DESCRIPTORS_PAUSE: Duration = Duration::from_millis(100);
 /// Why a named object is refused by a broker inside its client.
@@ -205,7 +207,7 @@ impl Conductor {
     fn wait(&mut self, wake: Option<Duration>) -> Result<(), Errno> {
         let now = self.now();
         let timeout = wake.map(|wake| {
-            let left = wake.saturating_sub(now);
+            let left = wake.saturating_sub(now).min(LONGEST_WAIT);
             Timespec {
                 tv_sec: left.as_secs() as i64,
                 tv_nsec: i64::from(left.subsec_nanos()),
