@@ -149,11 +149,8 @@ impl Conductor {
         let now = self.now();
         for (client, region) in self.objects.recalls(now) {
             tracing::info!(client, region, "somebody opens its object: its pages go home");
-            if let Some(session) = self.sessions.get_mut(&client)
-                && let Err(offence) = session.send(&ToClient::Recall { region }, None)
-            {
-                // Found again when the session is flushed, and dropped there.
-                tracing::debug!(client, %offence, "recall not sent");
+            if let Some(session) = self.sessions.get_mut(&client) {
+                session.tell(&ToClient::Recall { region });
             }
         }
         for client in self.objects.overdue(now) {
@@ -182,11 +179,8 @@ impl Conductor {
                 released = true;
             }
             let given_up = domain.core.latest_unsealed(session.id).map(|epoch| epoch.0);
-            if session.lives.is_turn_due(given_up, now)
-                && let Err(offence) = session.send(&ToClient::Turn, None)
-            {
-                // Found again when the session is flushed, and dropped there.
-                tracing::debug!(client = session.id.0, %offence, "a turn of the life page not asked for");
+            if session.lives.is_turn_due(given_up, now) {
+                session.tell(&ToClient::Turn);
             }
             wake = earliest(wake, earliest(session.lives.next_poll(true), session.lives.next_turn()));
         }

@@ -39,7 +39,7 @@ struct Owed {
     epoch: u32,
     /// When to ask for it.
     at: Duration,
-    /// When to ask again, after that.
+    /// How long after the time before.
     pause: Duration,
 }
 
@@ -126,14 +126,17 @@ impl Lives {
             self.owed = None;
             return false;
         };
-        let (at, pause) = match &self.owed {
-            Some(owed) if owed.epoch == epoch => (owed.at, owed.pause),
-            _ => (now + TURN_PAUSE, TURN_PAUSE),
-        };
-        let due = at <= now;
-        let pause = if due { pause * TURN_PAUSE_GROWTH } else { pause };
-        let at = if due { now + pause } else { at };
-        self.owed = Some(Owed { epoch, at, pause });
+        let mut owed = self.owed.take().filter(|owed| owed.epoch == epoch).unwrap_or(Owed {
+            epoch,
+            at: now + TURN_PAUSE,
+            pause: TURN_PAUSE,
+        });
+        let due = owed.at <= now;
+        if due {
+            owed.pause *= TURN_PAUSE_GROWTH;
+            owed.at = now + owed.pause;
+        }
+        self.owed = Some(owed);
         due
     }
 

@@ -18,7 +18,7 @@ use crate::cpu::Claims;
 use crate::lives::Lives;
 use crate::offence::Offence;
 use crate::process::Process;
-use crate::wire::{self, BrokerEnd, ReceiveBuffer, ToBroker, ToClient, WireError};
+use crate::wire::{self, BrokerEnd, Message, ReceiveBuffer, ToBroker, ToClient, WireError};
 
 /// Datagrams that may wait for a client; each is at most 64 KiB, most are a few bytes.
 const MAX_WAITING: usize = 256;
@@ -255,6 +255,13 @@ impl Session {
         }
         self.waiting.push_back((datagram, fd));
         Ok(())
+    }
+
+    /// Queues what nobody waits for. Where it cannot be, `flush` finds that too, and the client is dropped there.
+    pub(crate) fn tell(&mut self, message: &ToClient) {
+        if let Err(offence) = self.send(message, None) {
+            tracing::debug!(client = self.id.0, message = message.name(), %offence, "not sent");
+        }
     }
 
     /// Sends what can be sent without waiting.

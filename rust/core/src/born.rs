@@ -54,15 +54,16 @@ impl Core {
             }
             // A page on its way may lie over a slot that has no memory any more. An honest child never shows such a one: its parent's
             // life pages, which it has, keep what it shows.
-            let place = match place {
-                Place::Merged(slot) if !self.rmap.takes(place) => Place::Covering(slot),
+            let over = match place {
+                Place::Merged(slot) => Place::Covering(slot),
                 place => place,
             };
-            if self.rmap.takes(place) {
-                self.move_page(page, place, range, client, None);
-            } else {
-                uncounted += 1;
-                self.events.disbelieved += 1;
+            match [place, over].into_iter().find(|place| self.rmap.takes(*place)) {
+                Some(place) => self.move_page(page, place, range, client, None),
+                None => {
+                    uncounted += 1;
+                    self.events.disbelieved += 1;
+                }
             }
         }
         if mutant::active(Mutant::UnregisteredForgotten) {

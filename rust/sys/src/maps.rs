@@ -7,7 +7,7 @@
 use crate::error::SysError;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader};
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 
 /// One mapping of a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,18 +86,28 @@ pub(crate) fn all(smaps: File) -> Result<Vec<Mapped>, SysError> {
 /// /proc is not there.
 pub(crate) fn first_outline(wanted: impl Fn(&Mapped) -> bool) -> Result<Option<Mapped>, SysError> {
     let maps = File::open("/proc/self/maps").map_err(|error| failed(&error))?;
-    let mut maps = BufReader::with_capacity(1 << 16, maps);
+    each_line(BufReader::with_capacity(1 << 16, maps), |text| {
+        header(text)
+            .filter(&wanted)
+            .map_or(ControlFlow::Continue(()), ControlFlow::Break)
+    })
+    .map_err(|error| failed(&error))
+}
+
+/// Tells each line until something is found.
+fn each_line<T>(mut lines: impl BufRead, mut tell: impl FnMut(&str) -> ControlFlow<T>) -> io::Result<Option<T>> {
     let mut line = Vec::new();
-    loop {
+    while {
         line.clear();
-        if maps.read_until(b'\n', &mut line).map_err(|error| failed(&error))? == 0 {
-            return Ok(None);
-        }
-        let mapped = header(String::from_utf8_lossy(&line).trim_end_matches('\n'));
-        if let Some(mapped) = mapped.filter(&wanted) {
-            return Ok(Some(mapped));
+        lines.read_until(b'\n', &mut line)? > 0
+    } {
+        // Paths may hold any byte but the end of the line.
+        let text = String::from_utf8_lossy(&line);
+        if let ControlFlow::Break(found) = tell(text.trim_end_matches('\n')) {
+            return Ok(Some(found));
         }
     }
+    Ok(None)
 }
 
 fn failed(error: &io::Error) -> SysError {
@@ -108,17 +118,10 @@ fn failed(error: &io::Error) -> SysError {
     }
 }
 
-fn read(mut smaps: impl BufRead, range: Range<usize>) -> io::Result<Vec<Mapped>> {
+fn read(smaps: impl BufRead, range: Range<usize>) -> io::Result<Vec<Mapped>> {
     let mut found: Vec<Mapped> = Vec::new();
     let mut inside = false;
-    let mut line = Vec::new();
-    while {
-        line.clear();
-        smaps.read_until(b'\n', &mut line)? > 0
-    } {
-        // Paths may hold any byte but the end of the line.
-        let text = String::from_utf8_lossy(&line);
-        let text = text.trim_end_matches('\n');
+    each_line(smaps, |text| {
         if let Some(flags) = text.strip_prefix("VmFlags:") {
             if let Some(last) = found.last_mut().filter(|_| inside) {
                 let two = |flag: &str| flag.as_bytes().try_into().ok();
@@ -138,14 +141,15 @@ fn read(mut smaps: impl BufRead, range: Range<usize>) -> io::Result<Vec<Mapped>>
             }
         } else if let Some(mapped) = header(text) {
             if mapped.range.start >= range.end {
-                break;
+                return ControlFlow::Break(());
             }
             inside = mapped.range.end > range.start;
             if inside {
                 found.push(mapped);
             }
         }
-    }
+        ControlFlow::Continue(())
+    })?;
     Ok(found)
 }
 

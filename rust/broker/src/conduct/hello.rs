@@ -44,6 +44,7 @@ impl Conductor {
         let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
         };
+        session.expect("Hello", Phase::Silent)?;
         session.says = pid;
         let process = session.process_key();
         let connected = self
@@ -58,7 +59,6 @@ impl Conductor {
         let Some(session) = self.sessions.get_mut(&id) else {
             return Ok(());
         };
-        session.expect("Hello", Phase::Silent)?;
         let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
         if name.is_empty() || name.len() > MAX_DOMAIN_NAME || !name.chars().all(is_plain) {
             return Err(Offence::DomainName {
