@@ -2,8 +2,9 @@
 
 Merging remaps addresses, so it may only touch memory that cannot be freed, moved or resized meanwhile. An ndarray that owns its
 data is watched through a weak reference, whose callback runs while the data is still there; everything else (mmap, bytearray,
-bytes, what a memoryview looks at) is held by a buffer export and let go once only ksmrs refers to it. Nothing here
-looks at page contents, and no client thread ever runs Python.
+bytes, what a memoryview looks at) is held by a buffer export and let go once only ksmrs refers to it. An exception may come out
+of any line here (a signal's handler), so which ranges take part is known to the extension module alone. Nothing here looks at
+page contents, and no client thread ever runs Python.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ksmrs._errors import (
     SystemCallError,
     UnsupportedError,
 )
-from ksmrs._extent import extent, is_ndarray, is_shared_memory, unwrapped
+from ksmrs._extent import extent, is_a, is_ndarray, is_shared_memory, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
 MIN_BYTES = 64 * 1024
@@ -40,26 +41,28 @@ _PLAIN_TYPES = (bytes, bytearray, mmap.mmap, _array.array)
 
 _holds: dict[int, _Hold] = {}
 """By the id of what is held, which lives as long as the hold."""
-_holder_of: dict[int, int] = {}
-"""The same id by the addresses of the regions."""
 
 
 class _Hold:
     """Something that memory belongs to, and the regions that were made of it."""
 
-    def __init__(self) -> None:
-        self.regions: list[_ksmrs.Adopted] = []
+    def __init__(self, owner: Any) -> None:
+        self.holding = _ksmrs.Holding(id(owner))
         self.bytes_out_of_phase = 0
+        self.opting_in = 0
+
+    @property
+    def regions(self) -> list[_ksmrs.Adopted]:
+        """What takes part of it; what has ended is not among them."""
+        return self.holding.regions()
 
     def give_back(self) -> None:
         for region in self.regions:
             region.give_back()
-            _holder_of.pop(region.address, None)
 
     def abandon(self) -> None:
         for region in self.regions:
             region.abandon()
-            _holder_of.pop(region.address, None)
 
     def let_go(self) -> None:
         """Stop holding; the regions have ended."""
@@ -68,26 +71,33 @@ class _Hold:
         """Whether only this refers to it."""
         return False
 
+    def is_gone(self) -> bool:
+        """Whether what was held is no more."""
+        return False
+
 
 class _ArrayHold(_Hold):
     """An ndarray that owns its data: watched, not held; the weak reference also keeps it from being resized."""
 
     def __init__(self, owner: Any) -> None:
-        super().__init__()
-        # Only an instance of a subclass can be seen again after its callback (a __del__ within a garbage collection).
-        exact = type(owner) is sys.modules["numpy"].ndarray
-        key = id(owner)
-        self.owner: Any = weakref.ref(owner, lambda _: _freed(key, exact))
+        super().__init__(owner)
+        # An instance of a subclass can be seen again after the callback (a __del__ within a garbage collection), and references
+        # to objects are released after it.
+        unseen = type(owner) is sys.modules["numpy"].ndarray and _is_plain(owner.dtype)
+        self.owner: Any = self.holding.watch(owner, _holds, unseen)
 
     def let_go(self) -> None:
         self.owner = None
+
+    def is_gone(self) -> bool:
+        return self.owner is not None and self.owner() is None
 
 
 class _ExportHold(_Hold):
     """An object with a buffer: an export keeps it from being closed or resized."""
 
     def __init__(self, exporter: Any) -> None:
-        super().__init__()
+        super().__init__(exporter)
         self.view: memoryview | None = memoryview(exporter)
 
     def let_go(self) -> None:
@@ -113,19 +123,9 @@ def _references_of_an_export() -> int:
 _HELD_BY_EXPORT_ALONE = _references_of_an_export()
 
 
-def _freed(key: int, exact: bool) -> None:
-    """The array is about to be freed; its data is still there."""
-    hold = _holds.pop(key, None)
-    if hold is None:
-        return
-    try:
-        if exact:
-            hold.abandon()
-        else:
-            hold.give_back()
-    except Exception:
-        # No memory for copies of bytes that hardly anybody will look at; what must not be is a merged page in free memory.
-        hold.abandon()
+def _is_plain(dtype: Any) -> bool:
+    """Whether elements are nothing but their bytes."""
+    return dtype.kind in "biufcmMSUV" and not dtype.hasobject
 
 
 def collect() -> None:
@@ -142,6 +142,8 @@ def collect() -> None:
                 _holds[key] = hold
                 continue
             hold.let_go()
+        elif hold.is_gone() and _holds.get(key) is hold:
+            del _holds[key]
 
 
 def _after_collection(phase: str, info: dict[str, int]) -> None:
@@ -189,8 +191,8 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: boo
         if len(touching) == 1 and touching[0][0] <= address and address + nbytes <= touching[0][0] + touching[0][1]:
             _ksmrs.advise(address, nbytes, True)
             return
-        for start, length, adopted in touching:
-            if not adopted and (address < start or address + nbytes > start + length):
+        for start, length, holder in touching:
+            if holder is None and (address < start or address + nbytes > start + length):
                 raise ArgumentError(
                     f"the {nbytes} bytes at {address:#x} reach beyond a region of ksmrs's own, {length} bytes at {start:#x}"
                 )
@@ -208,21 +210,21 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: boo
         key, hold = _held(owner, kind)
         if is_shared_memory(buffer):
             _leave_before_close(buffer, key)
-        made: list[_ksmrs.Adopted] = []
+        gaps = _gaps(*pages, touching)
+        before = len(hold.regions)
+        hold.opting_in += 1
         try:
-            for start, end in _gaps(*pages, touching):
-                made.append(_ksmrs.adopt(start, end - start, exclusive))
+            for start, end in gaps:
+                hold.holding.adopt(start, end - start, exclusive)
         except BaseException:
-            for region in made:
+            for region in hold.regions[before:]:
                 region.give_back()
-            if not hold.regions:
-                _holds.pop(key, None)
-                hold.let_go()
             raise
-        hold.regions += made
-        _holder_of.update((region.address, key) for region in made)
+        finally:
+            hold.opting_in -= 1
+            _let_go_if_out(key, hold)
         if address % PAGE_SIZE:
-            hold.bytes_out_of_phase += sum(region.nbytes for region in made)
+            hold.bytes_out_of_phase += sum(end - start for start, end in gaps)
         for start, length, _ in touching:
             low, high = max(start, pages[0]), min(start + length, pages[1])
             if low < high:
@@ -235,32 +237,35 @@ def unadvise(address: int, nbytes: int) -> None:
         touching = _ksmrs.regions_touching(address, nbytes)
         if not touching and _whole_pages(address, nbytes) is None:
             raise _no_whole_page(address, nbytes)
-        if len(touching) == 1 and not touching[0][2]:
+        if len(touching) == 1 and touching[0][2] is None:
             _ksmrs.advise(address, nbytes, False)
             return
-        for start, length, adopted in touching:
+        for start, length, holder in touching:
             part = _whole_pages(max(address, start), min(address + nbytes, start + length) - max(address, start))
             if part is None:
                 continue
             if part != (start, start + length):
                 _ksmrs.advise(part[0], part[1] - part[0], False)
-            if adopted:
+            if holder is not None:
                 try:
-                    _give_back(start, whole=part == (start, start + length))
+                    _give_back(holder, start, whole=part == (start, start + length))
                 except PinnedError:
                     # Out at once, and as it was when the last pin ends.
                     _ksmrs.advise(part[0], part[1] - part[0], False)
+        for key, hold in list(_holds.items()):
+            # Not only what was opted out now: whoever did may have been interrupted before it was let go.
+            _let_go_if_out(key, hold)
         collect()
 
 
 def unpinned(address: int, nbytes: int) -> None:
     """Let what was opted out as a whole while it was pinned become what it was."""
     with _process.lock:
-        for start, _, adopted in _ksmrs.regions_touching(address, nbytes):
-            if adopted:
+        for start, _, holder in _ksmrs.regions_touching(address, nbytes):
+            if holder is not None:
                 # Other pins may go on, or there is no room now: it stays out, and its owner may opt it out again.
                 with contextlib.suppress(PinnedError, SystemCallError):
-                    _give_back(start, whole=False)
+                    _give_back(holder, start, whole=False)
 
 
 def _leave_before_close(memory: Any, key: int) -> None:
@@ -302,19 +307,21 @@ def _give_back_all(chosen: Callable[[int, _Hold], bool]) -> None:
                 hold.let_go()
 
 
-def _give_back(address: int, whole: bool) -> None:
+def _give_back(holder: int, address: int, whole: bool) -> None:
     """End the region at this address, if it is to end as a whole or no page of it takes part any more."""
-    key = _holder_of.get(address)
-    hold = _holds.get(key) if key is not None else None
-    if key is None or hold is None:
+    hold = _holds.get(holder)
+    if hold is None:
         return
     for region in hold.regions:
         if region.address == address and (whole or region.unadvised):
             region.give_back()
-            hold.regions.remove(region)
-            del _holder_of[address]
             break
-    if not hold.regions:
+    _let_go_if_out(holder, hold)
+
+
+def _let_go_if_out(key: int, hold: _Hold) -> None:
+    """Stop holding what has no regions any more."""
+    if not hold.holding.is_open and not hold.opting_in:
         _holds.pop(key, None)
         hold.let_go()
 
@@ -329,7 +336,7 @@ def _no_whole_page(address: int, nbytes: int) -> ArgumentError:
     return ArgumentError(f"no whole page of {PAGE_SIZE} bytes lies in the {nbytes} bytes at {address:#x}")
 
 
-def _gaps(first: int, end: int, touching: list[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+def _gaps(first: int, end: int, touching: list[tuple[int, int, int | None]]) -> list[tuple[int, int]]:
     gaps = []
     for start, length, _ in touching:
         if first < start:
@@ -342,27 +349,54 @@ def _gaps(first: int, end: int, touching: list[tuple[int, int, bool]]) -> list[t
 
 def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]:
     """What the memory of a buffer belongs to, and how that is held."""
-    owner = buffer
-    if is_ndarray(buffer):
-        while is_ndarray(owner.base) or _is_stride_trick(owner.base):
-            owner = owner.base if is_ndarray(owner.base) else owner.base.base
-        if owner.flags.owndata:
-            if owner.flags.writebackifcopy:
-                raise ForeignMemoryError("the array is a copy that is written back when it ends: opt the original in")
-            _belongs(owner, address, nbytes)
-            return owner, _ArrayHold
-        owner = owner.base
-        if owner is None:
-            raise ForeignMemoryError(
-                "the array does not say what its memory belongs to, so it cannot be held: copy it with ksmrs.array()"
-            )
-    owner = unwrapped(owner)
-    while isinstance(owner, memoryview):
-        owner = owner.obj
+    owner, viewed = buffer, None
+    while owner is not viewed:
+        viewed = owner
+        if is_ndarray(owner):
+            while is_ndarray(owner.base) or _is_stride_trick(owner.base):
+                owner = owner.base if is_ndarray(owner.base) else owner.base.base
+            if owner.flags.owndata:
+                if owner.flags.writebackifcopy:
+                    raise ForeignMemoryError(
+                        "the array is a copy that is written back when it ends: opt the original in"
+                    )
+                _belongs(owner, address, nbytes)
+                return owner, _ArrayHold
+            owner = owner.base
+            if owner is None:
+                raise ForeignMemoryError(
+                    "the array does not say what its memory belongs to, so it cannot be held: copy it with ksmrs.array()"
+                )
+        owner = _exporter(unwrapped(owner))
+    if not _has_memory(owner):
+        raise ForeignMemoryError(
+            f"the memory does not belong to the {type(owner).__name__} that points at it, so it cannot be held: copy it with "
+            "ksmrs.array()"
+        )
     if isinstance(owner, _ksmrs.Region) and owner.closed:
         raise ClosedRegionError("the region was closed: make a new one")
     _belongs(owner, address, nbytes)
     return owner, _ExportHold
+
+
+def _exporter(buffer: Any) -> Any:
+    """What a view of this looks at: itself, or what it only passes on (`memoryview`, `PickleBuffer`)."""
+    try:
+        return memoryview(buffer).obj
+    except (TypeError, BufferError):
+        return buffer
+
+
+def _has_memory(owner: Any) -> bool:
+    """Whether this is no object of ctypes over memory that is somebody else's (`from_address`, what a pointer points at)."""
+    if not is_a(owner, "_ctypes", "Array", "Structure", "Union"):
+        return True
+    while is_a(owner._b_base_, "_ctypes", "Array", "Structure", "Union"):
+        owner = owner._b_base_
+    if owner._b_base_ is not None:
+        return False
+    kept = owner._objects.values() if isinstance(owner._objects, dict) else ()
+    return owner._b_needsfree_ or any(isinstance(view, memoryview) for view in kept)
 
 
 def _is_stride_trick(base: Any) -> bool:
@@ -388,8 +422,8 @@ def _belongs(owner: Any, address: int, nbytes: int) -> None:
 def _held(owner: Any, kind: type[_Hold]) -> tuple[int, _Hold]:
     key = id(owner)
     hold = _holds.get(key)
-    if hold is None:
-        hold = kind(owner)  # type: ignore[call-arg]
+    if hold is None or hold.is_gone():
+        hold = kind(owner)
         _holds[key] = hold
     return key, hold
 

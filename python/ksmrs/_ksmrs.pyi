@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Self, final
+from weakref import ReferenceType
 
 from typing_extensions import disjoint_base
 
@@ -9,10 +10,10 @@ __all__ = [
     "METADATA_PER_PAGE",
     "PAGE_SIZE",
     "Adopted",
+    "Holding",
     "Pin",
     "Region",
     "Survey",
-    "adopt",
     "advise",
     "begin_heap",
     "born",
@@ -94,6 +95,22 @@ class Adopted:
         """No thread of ksmrs touches it from now on; it stays as it is. For the end of the interpreter."""
 
 @final
+class Holding:
+    def __new__(cls, key: int) -> Self: ...
+    @property
+    def is_open(self) -> bool:
+        """Whether any range takes part."""
+    def adopt(self, address: int, nbytes: int, exclusive: bool) -> None:
+        """Opt in memory of the object that is known by this key: whole pages, in place, while the object is held."""
+    def regions(self) -> list[Adopted]:
+        """Return the ranges that take part, as they came."""
+    def watch(self, owner: Any, holds: dict[int, Any], abandons: bool) -> ReferenceType[Any]:
+        """End all ranges when `owner` is about to be freed, as long as the reference lives, and take the key out of `holds`.
+
+        `abandons` says that nobody will look at the bytes any more.
+        """
+
+@final
 class Pin:
     def release(self) -> None:
         """Let the pages go; once more does nothing."""
@@ -115,8 +132,7 @@ class Survey:
         """Return the class of each page of a process that was kept, by address."""
 
 def extent(buffer: Any) -> tuple[int, int]: ...
-def adopt(address: int, nbytes: int, exclusive: bool) -> Adopted: ...
-def regions_touching(address: int, nbytes: int) -> list[tuple[int, int, bool]]: ...
+def regions_touching(address: int, nbytes: int) -> list[tuple[int, int, int | None]]: ...
 def replace_numpy_functions() -> bool: ...
 def set_numpy_handler() -> None: ...
 def begin_heap(at_least: int) -> None: ...

@@ -1,13 +1,14 @@
-//! `_ksmrs.Adopted`: memory that the program made, while it takes part.
+//! Memory that the program made, while it takes part: `_ksmrs.Adopted`, a range of it, and `_ksmrs.Holding`, all of one object's.
 //!
-//! Relies on `python/ksmrs/_adopt.py` for whatever keeps the memory where it is; made by `buffer.rs`, which promises that. Dropping
-//! one gives the memory back with its bytes.
+//! Relies on `python/ksmrs/_adopt.py` for whatever keeps the memory where it is; a range is adopted by `buffer.rs`, which promises that.
+//! What ends here when an object dies runs no Python, so that neither a signal's handler nor the limit of recursion can keep it from
+//! that. Dropping the last of a range gives the memory back with its bytes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ksmrs_broker::client;
 use pyo3::prelude::*;
-use pyo3::types::PyBytes;
+use pyo3::types::{PyBytes, PyDict, PyWeakrefReference};
 
 use crate::error::IntoPython;
 use crate::live::{self, Memory};
@@ -17,15 +18,6 @@ use crate::region;
 #[pyclass(frozen, module = "ksmrs._ksmrs")]
 pub struct Adopted {
     memory: Arc<Memory>,
-}
-
-impl Adopted {
-    /// Takes a region just adopted into the table of live memory.
-    pub fn new(region: Arc<client::Region>) -> Adopted {
-        Adopted {
-            memory: Memory::new(region),
-        }
-    }
 }
 
 #[pymethods]
@@ -79,14 +71,121 @@ impl Adopted {
     }
 }
 
-/// The ranges of open regions that a range of bytes touches: address, bytes, and whether the program made it.
+/// The ranges of one object, which ended ones leave by themselves.
+#[derive(Clone, Default)]
+struct Ranges(Arc<Mutex<Vec<Arc<Memory>>>>);
+
+impl Ranges {
+    fn add(&self, memory: Arc<Memory>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+    }
+
+    fn open(&self) -> Vec<Arc<Memory>> {
+        let mut ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.retain(|memory| !memory.is_closed());
+        ranges.clone()
+    }
+}
+
+/// What of one object's memory takes part.
+#[pyclass(frozen, module = "ksmrs._ksmrs")]
+pub struct Holding {
+    key: usize,
+    ranges: Ranges,
+}
+
+impl Holding {
+    /// Takes in a region just adopted.
+    pub fn take(&self, region: Arc<client::Region>) {
+        self.ranges.add(Memory::adopted(region, self.key));
+    }
+}
+
+#[pymethods]
+impl Holding {
+    /// Of the object that is known by this number.
+    #[new]
+    fn new(key: usize) -> Holding {
+        Holding {
+            key,
+            ranges: Ranges::default(),
+        }
+    }
+
+    /// Whether any range takes part.
+    #[getter]
+    fn is_open(&self) -> bool {
+        !self.ranges.open().is_empty()
+    }
+
+    /// The ranges that take part, as they came.
+    fn regions(&self) -> Vec<Adopted> {
+        let open = self.ranges.open().into_iter();
+        open.map(|memory| Adopted { memory }).collect()
+    }
+
+    /// Ends all ranges when this object is about to be freed, and takes its number out of `holds`. `abandons` says that nobody
+    /// will look at its bytes any more. Returns a weak reference, for as long as whose life that is done.
+    fn watch<'py>(
+        &self,
+        owner: &Bound<'py, PyAny>,
+        holds: Py<PyDict>,
+        abandons: bool,
+    ) -> PyResult<Bound<'py, PyWeakrefReference>> {
+        let watcher = Watcher {
+            key: self.key,
+            ranges: self.ranges.clone(),
+            holds,
+            abandons,
+        };
+        // Nobody but the reference has the watcher: see its drop.
+        PyWeakrefReference::new_with(owner, Bound::new(owner.py(), watcher)?)
+    }
+}
+
+/// What a weak reference calls at the end of the object that it watches.
+#[pyclass(frozen, module = "ksmrs._ksmrs")]
+struct Watcher {
+    key: usize,
+    ranges: Ranges,
+    holds: Py<PyDict>,
+    abandons: bool,
+}
+
+#[pymethods]
+impl Watcher {
+    fn __call__(&self, py: Python<'_>, _reference: &Bound<'_, PyAny>) {
+        py.detach(|| {
+            for memory in self.ranges.open() {
+                let kept = !self.abandons && memory.region.give_back().is_ok();
+                // No memory for copies of bytes that hardly anybody will look at; what must not be is a merged page in free memory.
+                if kept || memory.region.abandon().is_ok() {
+                    memory.close();
+                }
+            }
+        });
+        // It may have been taken out before.
+        let _ = self.holds.bind(py).del_item(self.key);
+    }
+}
+
+impl Drop for Watcher {
+    /// Python drops it with its reference; and where it could not call it, at the limit of recursion, right after that, while the object's
+    /// memory is still there.
+    fn drop(&mut self) {
+        for memory in self.ranges.open().iter().filter(|memory| !memory.region.is_retired()) {
+            if memory.region.give_back().is_ok() {
+                memory.close();
+            }
+        }
+    }
+}
+
+/// The ranges of open regions that a range of bytes touches: address, bytes, and the number of the object that the program made it as.
 #[pyfunction]
-pub fn regions_touching(address: usize, nbytes: usize) -> Vec<(usize, usize, bool)> {
+pub fn regions_touching(address: usize, nbytes: usize) -> Vec<(usize, usize, Option<usize>)> {
     live::touching(address, nbytes)
         .into_iter()
-        .map(|memory| {
-            let region = &memory.region;
-            (region.address(), region.len(), region.is_adopted())
-        })
+        .map(|memory| (memory.region.address(), memory.region.len(), memory.holder()))
         .collect()
 }

@@ -12,7 +12,7 @@ use pyo3::buffer::PyUntypedBuffer;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-use crate::adopted::Adopted;
+use crate::adopted::Holding;
 use crate::error::{self, IntoPython};
 use crate::region::Region;
 
@@ -54,19 +54,22 @@ impl Region {
     }
 }
 
-/// Opts in memory that the program made, private or shared: whole pages, in place. `_adopt.py` holds whatever the memory belongs to before it
-/// calls this, and until the answer has been given back or abandoned.
-#[pyfunction]
-#[allow(unsafe_code)]
-pub fn adopt(py: Python<'_>, address: usize, nbytes: usize, exclusive: bool) -> PyResult<Adopted> {
-    let adopted = py.detach(|| {
-        // SAFETY: the caller holds an export of the buffer, or a weak reference to an array that owns it and tells before it is
-        // freed: neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
-        // back (mprotect, mremap through ctypes) cannot be excluded; the documentation of `madvise` names it.
-        let foreign = unsafe { Foreign::look(address..address + nbytes, exclusive) }?;
-        client::Region::adopt(foreign)
-    });
-    Ok(Adopted::new(adopted.into_python(py)?))
+#[pymethods]
+impl Holding {
+    /// Opts in memory that the program made, private or shared: whole pages, in place. `_adopt.py` holds the object that the memory belongs
+    /// to before it calls this, and until the range has been given back or abandoned.
+    #[allow(unsafe_code)]
+    fn adopt(&self, py: Python<'_>, address: usize, nbytes: usize, exclusive: bool) -> PyResult<()> {
+        let adopted = py.detach(|| {
+            // SAFETY: the caller holds an export of the buffer, or a weak reference to an array that owns it and tells before it is
+            // freed: neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
+            // back (mprotect, mremap through ctypes) cannot be excluded; the documentation of `madvise` names it.
+            let foreign = unsafe { Foreign::look(address..address + nbytes, exclusive) }?;
+            client::Region::adopt(foreign)
+        });
+        self.take(adopted.into_python(py)?);
+        Ok(())
+    }
 }
 
 /// Where the bytes of any object with the buffer protocol are: first address and length, strides of either sign included.

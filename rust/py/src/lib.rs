@@ -45,11 +45,11 @@ mod _ksmrs {
     }
 
     #[pymodule_export]
-    use super::adopted::{Adopted, regions_touching};
+    use super::adopted::{Adopted, Holding, regions_touching};
     #[pymodule_export]
     use super::allocator::{begin_heap, end_heap, heap_bytes, is_lent, replace_numpy_functions, set_numpy_handler};
     #[pymodule_export]
-    use super::buffer::{adopt, extent};
+    use super::buffer::extent;
     #[pymodule_export]
     use super::engine::{
         born, configure, connect, dirty_tracking, disconnect, get, is_connected, merge, not_merging, page_map,

@@ -18,25 +18,41 @@ pub const PAGE_SIZE: usize = 4096;
 
 static LIVE: Mutex<BTreeMap<usize, Weak<Memory>>> = Mutex::new(BTreeMap::new());
 
-/// A region's memory with the one thing that the client side doesn't say: whether it was closed.
+/// A region's memory with what the client side doesn't say: whether it was closed, and for whom it was adopted.
 pub struct Memory {
     /// The client's side of it.
     pub region: Arc<client::Region>,
     closed: AtomicBool,
+    holder: Option<usize>,
 }
 
 impl Memory {
     /// Takes a new region into the table.
     pub fn new(region: Arc<client::Region>) -> Arc<Memory> {
+        Memory::of(region, None)
+    }
+
+    /// Takes a region just adopted into the table; `holder` is the number of the object that its memory belongs to.
+    pub fn adopted(region: Arc<client::Region>, holder: usize) -> Arc<Memory> {
+        Memory::of(region, Some(holder))
+    }
+
+    fn of(region: Arc<client::Region>, holder: Option<usize>) -> Arc<Memory> {
         let address = region.address();
         let memory = Arc::new(Memory {
             region,
             closed: AtomicBool::new(false),
+            holder,
         });
         LIVE.lock()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(address, Arc::downgrade(&memory));
         memory
+    }
+
+    /// Whom it was adopted for, if it was.
+    pub fn holder(&self) -> Option<usize> {
+        self.holder
     }
 
     /// Whether the region was closed.
@@ -47,6 +63,10 @@ impl Memory {
     /// Marks it closed; false if it was already.
     pub fn close(&self) -> bool {
         !self.closed.swap(true, Ordering::AcqRel)
+    }
+
+    fn reaches(&self, address: usize) -> bool {
+        self.region.address() + self.region.len() > address
     }
 
     /// Opens it again, where leaving failed.
@@ -109,24 +129,30 @@ pub fn touching(address: usize, nbytes: usize) -> Vec<Arc<Memory>> {
     let _arena = arena_at(address);
     let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
     let end = address.saturating_add(nbytes);
-    let before = live.range(..address).next_back();
-    before
+    last_open(live.range(..address))
         .into_iter()
-        .chain(live.range(address..end))
-        .filter_map(|(_, memory)| memory.upgrade())
-        .filter(|memory| !memory.is_closed() && memory.region.address() + memory.region.len() > address)
+        .chain(live.range(address..end).filter_map(open))
+        .filter(|memory| memory.reaches(address))
         .collect()
+}
+
+fn open((_, memory): (&usize, &Weak<Memory>)) -> Option<Arc<Memory>> {
+    memory.upgrade().filter(|memory| !memory.is_closed())
+}
+
+/// The last open region of some: where one was closed another may lie by now, and begin before it.
+fn last_open<'a>(regions: impl DoubleEndedIterator<Item = (&'a usize, &'a Weak<Memory>)>) -> Option<Arc<Memory>> {
+    regions.rev().find_map(open)
 }
 
 /// Finds the live, open region that a range lies in.
 pub fn find(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Within> {
     let _arena = arena_at(address);
-    let memory = LIVE
-        .lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .range(..=address)
-        .next_back()
-        .and_then(|(_, memory)| memory.upgrade());
+    let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = live.range(..=address);
+    let closed = before.clone().next_back().and_then(|(_, memory)| memory.upgrade());
+    let memory = last_open(before).filter(|memory| memory.reaches(address)).or(closed);
+    drop(live);
     let found = memory.and_then(|memory| {
         let first = address - memory.region.address();
         let end = first.checked_add(nbytes)?;

@@ -101,6 +101,7 @@ impl Region {
     /// No memory for the copies, or [`SysError::Pinned`]; then the region goes on as it was.
     pub fn give_back(&self) -> Result<(), SysError> {
         debug_assert!(self.is_adopted(), "regions of our own are closed");
+        self.reinstate();
         if self.is_closed() {
             return Ok(());
         }
@@ -119,12 +120,30 @@ impl Region {
     }
 
     /// Neither remapper nor scanner touch the region any more; its pages stay as they are, and the fault handler serves them. For
-    /// the end of the program, which frees memory in its own order and tells nobody.
+    /// the end of the program, which frees memory in its own order and tells nobody. Whoever ends the region all the same finds it as it
+    /// was.
     pub fn retire(&self) {
         if self.is_ours() {
             let _in_use = self.in_use.alone();
-            self.retired.store(true, Ordering::Release);
-            self.closed.store(true, Ordering::Release);
+            if !self.is_closed() {
+                self.retired.store(true, Ordering::Release);
+                self.closed.store(true, Ordering::Release);
+            }
+        }
+    }
+
+    /// Whether it was retired, and did not end since: it shows what it shows.
+    pub fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Acquire)
+    }
+
+    /// A retired region is one again, for its memory is there still: what follows ends it.
+    fn reinstate(&self) {
+        if self.is_ours() && self.is_retired() {
+            let _in_use = self.in_use.alone();
+            if self.retired.swap(false, Ordering::AcqRel) {
+                self.closed.store(false, Ordering::Release);
+            }
         }
     }
 
@@ -141,6 +160,7 @@ impl Region {
             !(self.is_adopted() && self.kind() == Kind::Shared),
             "its object may live on"
         );
+        self.reinstate();
         self.end(|plain| {
             if !self.is_adopted() {
                 self.mapping.unmap();
@@ -215,6 +235,9 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        let _ = self.release();
+        // To copy all of it would be for nothing: the program is ending.
+        if !self.is_retired() {
+            let _ = self.release();
+        }
     }
 }

@@ -129,9 +129,14 @@ impl Region {
         Ok(())
     }
 
-    /// No thread of ours touches the memory any more, which stays as it is: the process is ending.
+    /// No thread of ours touches the memory any more, which stays as it is until the process ends, or the region does.
     pub fn retire(&self) {
         self.memory.retire();
+    }
+
+    /// Whether it was, and did not end since.
+    pub fn is_retired(&self) -> bool {
+        self.memory.is_retired()
     }
 
     /// Tells the remapper once that the region ended.
@@ -227,7 +232,8 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        if self.arena {
+        // What is retired shows its frames to the end of the process.
+        if self.arena || self.memory.is_retired() {
             return;
         }
         if self.memory.is_adopted() && !self.memory.is_closed() {
