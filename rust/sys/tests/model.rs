@@ -100,6 +100,11 @@ fn detached_pages_come_home_under_a_writer() {
 }
 
 #[test]
+fn a_detached_page_comes_home_under_writer_and_remapper() {
+    explore(3, detached_leaves);
+}
+
+#[test]
 fn lent_pages_keep_what_everyone_writes() {
     explore(3, || lent_under_a_writer(1));
     explore(2, || lent_under_a_writer(2));

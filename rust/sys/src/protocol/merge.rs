@@ -510,35 +510,22 @@ pub(super) fn private_again(word: Word) -> Word {
         .unlent()
 }
 
-/// Brings a Detached page of a shared region home. The page stays Detached, and writable, where there is no room for it.
+/// Brings a Detached page of a shared region home. The page stays Detached, and writable, where there is no room for it. It is never
+/// Frozen on the way: a remapper at work beside this would take that for its own freeze, and this a freeze of the remapper's, which may
+/// have been thawed in part, for its own.
 pub fn bring_home<W: Words, M: Memory>(words: &W, memory: &M, page: Page) -> Result<bool, Errno> {
     let word = words.load(page);
     let span = Span::one(page);
-    if word.state() != State::Detached || !words.cas(page, word, frozen_word(word).with_state(State::Freezing)) {
+    if word.state() != State::Detached || !words.cas(page, word, word.with_state(State::Breaking)) {
         return Ok(false);
     }
-    if let Err(errno) = memory.protect(span, Access::ReadOnly) {
-        words.store(page, word);
-        return Err(errno);
-    }
-    let frozen = frozen_word(word);
-    words.store(page, frozen);
-    let breaking = frozen.with_state(State::Breaking);
-    loop {
-        let seen = words.load(page);
-        if seen == breaking {
-            // A writer takes it back, or finds that it cannot and leaves its mark for us.
-            words.wait(page, seen);
-        } else if seen != frozen && seen != frozen.cancelled() {
-            return Ok(false);
-        } else if words.cas(page, seen, breaking) {
-            break;
-        }
-    }
-    let homed = memory.fill_home(span).and_then(|()| {
-        words.store(page, breaking.with_state(State::Homed));
-        memory.map_home(span)
-    });
+    let homed = memory
+        .protect(span, Access::ReadOnly)
+        .and_then(|()| memory.fill_home(span))
+        .and_then(|()| {
+            words.store(page, word.with_state(State::Homed));
+            memory.map_home(span)
+        });
     match homed {
         Ok(()) => {
             words.store(page, private_again(word));

@@ -762,6 +762,23 @@ pub fn homecoming() {
     world.check_at_rest();
 }
 
+/// A Detached page leaves under the remapper, which merges it anew, and a writer.
+pub fn detached_leaves() {
+    let world = World::new(Kind::Shared, 1, false);
+    let verdicts = world.merge(1, Slot(0));
+    world.settle(&verdicts, true);
+    assert_eq!(detach_stretch(&*world, &*world, Page(0)), Ok(1));
+    let writer = spawn(&world, |world| world.write(0, 0, 1));
+    let program = spawn(&world, |world| {
+        bring_home(world, world, Page(0)).unwrap();
+    });
+    world.merge_and_settle();
+    writer.join().unwrap();
+    program.join().unwrap();
+    assert_eq!([world.read(0, 0), world.read(0, 1)], [1, CONTENT[1]]);
+    world.check_at_rest();
+}
+
 /// Pages are lent and used by somebody else while the client, which was taken for stopped, writes.
 pub fn lent_under_a_writer(pages: u32) {
     let world = World::new(Kind::Shared, pages as usize, false);
