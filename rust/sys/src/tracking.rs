@@ -25,7 +25,7 @@ use crate::protocol::{Kind, MAX_RUN, Page, Span, Words};
 use crate::region::Region;
 use crate::word::State;
 use crate::{object::PAGE_SIZE, sysctl};
-use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU16, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU16, Ordering};
 use linux_raw_sys::general as raw;
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -123,12 +123,15 @@ const PARTLY: u16 = 8;
 /// Stretches of registered units in this process: each may cut a mapping in three.
 static STRETCHES: AtomicI64 = AtomicI64::new(0);
 
+/// Something may be registered.
+const ANY: u8 = 1;
+/// Nothing may be from now on: the region is ending.
+const ENDS: u8 = 2;
+
 /// What a region knows of its registrations.
 pub(crate) struct Tracking {
-    /// Whether anything may be registered.
-    any: AtomicBool,
-    /// Set while it must not be: the region is ending.
-    ends: AtomicBool,
+    /// [`ANY`] and [`ENDS`] in one word: whoever registers and whoever ends it agree on who was first.
+    state: AtomicU8,
     /// Whether somebody arms pages, or relies on those that it armed.
     arming: AtomicBool,
     units: Box<[AtomicU16]>,
@@ -141,8 +144,7 @@ impl Tracking {
         let position = (view.base() / PAGE_SIZE % MAX_RUN) as u32;
         let units = (u64::from(position) + u64::from(view.pages())).div_ceil(UNIT_PAGES.into());
         Tracking {
-            any: AtomicBool::new(false),
-            ends: AtomicBool::new(false),
+            state: AtomicU8::new(0),
             arming: AtomicBool::new(false),
             units: (0..units).map(|_| AtomicU16::new(0)).collect(),
             position,
@@ -151,13 +153,25 @@ impl Tracking {
 
     /// Whether some of the region may be registered.
     pub(crate) fn any(&self) -> bool {
-        self.any.load(Ordering::Acquire)
+        self.state.load(Ordering::Acquire) & ANY != 0
+    }
+
+    fn ends(&self) -> bool {
+        self.state.load(Ordering::Acquire) & ENDS != 0
+    }
+
+    /// The right to register something, unless that is to end.
+    fn begin(&self) -> bool {
+        let begun = |state| (state & ENDS == 0).then_some(state | ANY);
+        self.state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, begun)
+            .is_ok()
     }
 
     /// In a forked child: nothing is registered.
     pub(crate) fn reset(&self) {
         self.forget();
-        self.ends.store(false, Ordering::Relaxed);
+        self.state.store(0, Ordering::Relaxed);
         self.arming.store(false, Ordering::Relaxed);
         STRETCHES.store(0, Ordering::Relaxed);
     }
@@ -199,7 +213,7 @@ impl Tracking {
 
     /// Notes that nothing is registered any more.
     pub(crate) fn forget(&self) {
-        self.any.store(false, Ordering::Release);
+        self.state.fetch_and(!ANY, Ordering::AcqRel);
         for index in 0..self.units.len() {
             self.set_registered(index, false);
         }
@@ -277,7 +291,7 @@ impl Region {
     pub(crate) fn judge(&self, span: Span, look: Look) -> Option<Wish> {
         let tracking = &self.tracking;
         let unit = tracking.span(span.first, self.pages());
-        if span.end() > unit.end() || span.pages * 2 < unit.pages || tracking.ends.load(Ordering::Relaxed) {
+        if span.end() > unit.end() || span.pages * 2 < unit.pages || tracking.ends() {
             return None;
         }
         let index = tracking.index(span.first);
@@ -344,7 +358,7 @@ impl Region {
     pub fn fulfil(&self, wish: Wish, fault: &Userfault, pagemap: &Pagemap) -> Result<(), SysError> {
         let index = self.tracking.index(wish.unit.first);
         let done = self.merging(|_| {
-            if self.tracking.ends.load(Ordering::Acquire) {
+            if self.tracking.ends() {
                 return Ok(());
             }
             if !wish.track {
@@ -358,7 +372,9 @@ impl Region {
             let mut from = wish.unit.first;
             while let Some(span) = self.next_stretch(wish.unit, from) {
                 from = span.end();
-                self.tracking.any.store(true, Ordering::Release);
+                if !self.tracking.begin() {
+                    return Ok(());
+                }
                 fault.register(&self.view, span)?;
                 if self.next_stretch(span, span.first) != Some(span) {
                     // A frame was mapped meanwhile, perhaps before the stretch was registered: then it is now, which would keep its
@@ -379,8 +395,8 @@ impl Region {
     /// From now on none of it is registered, until [`Region::resume_tracking`]; what may be still is for [`Region::untrack`]. False
     /// if that has nothing to do.
     pub fn end_tracking(&self) -> bool {
-        self.tracking.ends.store(true, Ordering::SeqCst);
-        self.is_ours() && self.tracking.any()
+        let before = self.tracking.state.fetch_or(ENDS, Ordering::AcqRel);
+        self.is_ours() && before & ANY != 0
     }
 
     /// Ends all its registrations, after [`Region::end_tracking`]. For the thread that has the userfaultfd, and that fulfils no wish
@@ -389,7 +405,7 @@ impl Region {
     /// # Errors
     /// The kernel refused; dropping the userfaultfd ends them too.
     pub fn untrack(&self, fault: &Userfault) -> Result<(), SysError> {
-        debug_assert!(self.tracking.ends.load(Ordering::SeqCst), "it may be registered again");
+        debug_assert!(self.tracking.ends(), "it may be registered again");
         let done = self.open(|_| match self.tracking.any() {
             true => fault.unregister(&self.view, self.whole()),
             false => Ok(()),
@@ -406,7 +422,7 @@ impl Region {
 
     /// The region goes on after all.
     pub fn resume_tracking(&self) {
-        self.tracking.ends.store(false, Ordering::SeqCst);
+        self.tracking.state.fetch_and(!ENDS, Ordering::AcqRel);
     }
 
     /// Pages of units that are registered now.

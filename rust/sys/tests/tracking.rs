@@ -4,7 +4,11 @@ mod tracked;
 
 use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::numa::NO_NODE;
+use ksmrs_sys::page_table::ClientTable;
+use ksmrs_sys::pagemap::Pagemap;
 use ksmrs_sys::protocol::{Kind, Page, Span};
+use ksmrs_sys::region::Region;
+use ksmrs_sys::tracking::{Userfault, Wish};
 use ksmrs_sys::{PAGE_SIZE, State, maps};
 use std::io::Read;
 use std::sync::atomic::Ordering;
@@ -334,6 +338,52 @@ fn adopted_memory_is_given_back_as_it_was_found() {
     }
 }
 
+/// A wish is being fulfilled while its owner takes the memory back.
+#[test]
+fn memory_is_given_back_registered_with_nothing_whatever_is_under_way() {
+    begin();
+    let bytes = UNIT as usize * PAGE_SIZE;
+    let (fault, pagemap) = (Userfault::open().unwrap(), Pagemap::open().unwrap());
+    for trial in 0..400u32 {
+        // SAFETY: fresh memory of this test.
+        let base = unsafe {
+            let (access, flags) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            );
+            libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0).expose_provenance()
+        };
+        no_huge_pages(base, bytes);
+        (0..UNIT).for_each(|page| word(base, page).store(7, Ordering::Relaxed));
+        // SAFETY: this test keeps the range mapped until the region is given back.
+        let foreign = unsafe { Foreign::look(base..base + bytes, false) }.unwrap();
+        let table: &'static ClientTable = Box::leak(Box::new(ClientTable::create(UNIT).unwrap().0));
+        let region = Region::adopt(table, foreign).unwrap();
+        let unit = Span {
+            first: Page(0),
+            pages: UNIT - (base / PAGE_SIZE) as u32 % UNIT,
+        };
+        let go = std::sync::Barrier::new(2);
+        std::thread::scope(|threads| {
+            let tracker = threads.spawn(|| {
+                go.wait();
+                region.fulfil(Wish { unit, track: true }, &fault, &pagemap).unwrap();
+            });
+            go.wait();
+            (0..trial * 20).for_each(|_| std::hint::spin_loop());
+            // The thread that fulfils wishes unregisters too, if it is asked to.
+            if region.end_tracking() {
+                tracker.join().unwrap();
+                region.untrack(&fault).unwrap();
+            }
+            region.give_back().unwrap();
+        });
+        assert_eq!(mappings(base, UNIT).1, 0, "trial {trial}");
+        // SAFETY: the test's own memory, of no region any more.
+        unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(base), bytes) };
+    }
+}
+
 #[test]
 fn closing_adopted_memory_ends_its_registration_too() {
     begin();
@@ -364,7 +414,7 @@ fn dropping_the_userfaultfd_forgets_everything() {
     let mut tracked = Tracked::make(UNIT, Kind::Private);
     tracked.fill();
     tracked.settle();
-    tracked.fault = ksmrs_sys::tracking::Userfault::open().unwrap();
+    tracked.fault = Userfault::open().unwrap();
     assert_eq!(tracked.mappings(), (1, 0));
     assert_eq!(tracked.pass().checksummed, UNIT, "nothing is known of before");
     tracked.settle();
