@@ -33,7 +33,7 @@ static WRITER: Mutex<Vec<Weak<Region>>> = Mutex::new(Vec::new());
 /// The right to publish, and the regions that were remembered.
 pub(crate) type Writer = MutexGuard<'static, Vec<Weak<Region>>>;
 
-/// A region found; nothing of it goes away while this lives.
+/// A region found; nothing of it goes away while this lives, and no region comes either: whoever waits for others drops it first.
 pub(crate) struct Found {
     pub(crate) area: Area,
     side: usize,

@@ -10,6 +10,7 @@ use crate::fork;
 use crate::gate::Pass;
 use crate::protocol::{Access, Memory, Page, Resolution, Span, Words, dense_block, write_fault};
 use crate::registry::{self, Area, Found};
+use crate::word::Word;
 use crate::{gate, room, sigmask};
 use core::ffi::c_void;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -180,8 +181,8 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut c_
     // SAFETY: the kernel's context, as above.
     let write = unsafe { is_write(context) };
     let served = match registry::find(address) {
-        Some(found) if write => serve(&found, address, thread),
-        Some(found) => waited(&found, address, thread),
+        Some(found) if write => serve(found, address, thread),
+        Some(found) => waited(found, address, thread),
         None => registry::changed_since_last_look(thread),
     };
     if served {
@@ -198,22 +199,32 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut c_
 
 /// Answers any other fault inside a region: at the mapping limit the kernel may unmap a page that somebody maps anew, and say only then
 /// that it cannot go on (`insist`), so whoever reads it waits until nobody owns it any more. False if it comes back all the same.
-fn waited(found: &Found, address: usize, thread: u32) -> bool {
+fn waited(found: Found, address: usize, thread: u32) -> bool {
     let area = &found.area;
     let Some(page) = area.view.page_at(address).filter(|_| fork::era() == Some(area.era)) else {
         return false;
     };
     let word = area.words.load(page);
     if word.is_owned() {
-        area.words.wait(page, word);
+        wait_outside(found, page, word);
         return true;
     }
     let last = &LAST[thread as usize % LAST.len()];
     last.count(thread, area.view.page(page) as usize, word.0) < NOT_OURS_AFTER
 }
 
+/// Waits until a word is no longer this one, and keeps no region from coming or going meanwhile: it may be for a broker that is stopped.
+/// The instruction then faults anew, if it does, and the region is looked for again.
+fn wait_outside(found: Found, page: Page, word: Word) {
+    let words = found.area.words;
+    drop(found);
+    // The table is never unmapped. A region that ends wakes who waits; should these be another's words by now, one that is owned or
+    // marked there is no less sure to be let go, which wakes too.
+    words.wait(page, word);
+}
+
 /// Answers a write fault inside a region; false if it is none of ours.
-fn serve(found: &Found, address: usize, thread: u32) -> bool {
+fn serve(found: Found, address: usize, thread: u32) -> bool {
     let area = &found.area;
     let Some(page) = area.view.page_at(address) else {
         return false;
@@ -222,7 +233,7 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
     if fork::era() != Some(area.era) {
         return in_unregistered_child(area, page, last, thread);
     }
-    // Once per fault, not per round: a break may have to wait for room for as long as it takes.
+    // Once per fault, not per round: a break may have to make room several times.
     let start = area.view.page(page) as usize;
     let repeats = last.count(thread, start, area.words.load(page).0);
     if repeats >= NOT_OURS_AFTER {
@@ -242,7 +253,9 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
             }
             Resolution::Wait(word) => {
                 drop(pass);
-                area.words.wait(page, word);
+                last.waits(thread);
+                wait_outside(found, page, word);
+                return true;
             }
             // Perhaps there is room for what was written.
             Resolution::NoRoom(_) if around.pages > 1 => around = Span::one(page),
@@ -250,7 +263,11 @@ fn serve(found: &Found, address: usize, thread: u32) -> bool {
                 let made = room::make(area, page);
                 drop(pass);
                 if made.is_err() {
+                    last.waits(thread);
+                    // Whoever ends a region may be the one to make room.
+                    drop(found);
                     nap();
+                    return true;
                 }
             }
         }
@@ -322,6 +339,13 @@ impl Last {
         };
         self.width.store(width, Ordering::Relaxed);
         width
+    }
+
+    /// This thread waits for a word or for room, for as long as it takes: its next fault repeats none.
+    fn waits(&self, thread: u32) {
+        let _ = self
+            .thread
+            .compare_exchange(thread, 0, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// This thread's break went as far as `next`.
