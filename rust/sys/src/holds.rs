@@ -37,6 +37,14 @@ pub(crate) fn remove_range(ranges: &mut Vec<Range<u32>>, gone: Range<u32>) {
     }
 }
 
+/// What such ranges have in common with a range.
+pub(crate) fn within(ranges: &[Range<u32>], span: &Range<u32>) -> Vec<Range<u32>> {
+    let common = ranges
+        .iter()
+        .map(|range| range.start.max(span.start)..range.end.min(span.end));
+    common.filter(|range| !range.is_empty()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +65,8 @@ mod tests {
                 }
                 let held: Vec<u32> = ranges.iter().cloned().flatten().collect();
                 prop_assert_eq!(held, set.iter().copied().collect::<Vec<_>>());
+                let common: Vec<u32> = within(&ranges, &(10..30)).into_iter().flatten().collect();
+                prop_assert_eq!(common, set.range(10..30).copied().collect::<Vec<_>>());
             }
         }
     }

@@ -11,7 +11,7 @@ use crate::foreign::{Foreign, Object};
 use crate::fork;
 use crate::gate::Pass;
 use crate::heap;
-use crate::holds::{Holds, insert_range, remove_range};
+use crate::holds::{Holds, insert_range, remove_range, within};
 use crate::in_use::InUse;
 use crate::mapping::{Mapping, View};
 use crate::object::PAGE_SIZE;
@@ -233,15 +233,24 @@ impl Region {
     /// kernel is asked for the copies.
     ///
     /// # Errors
-    /// No memory for the copies; then nothing is taken out.
+    /// No memory for the copies; then nothing is taken out that was not out before.
     pub fn unadvise(&self, pages: Range<u32>) -> Result<(), SysError> {
         if !self.is_ours() {
             return self.hold(pages);
         }
-        insert_range(&mut self.holds().unadvised, pages.clone());
+        let before = {
+            let mut holds = self.holds();
+            let before = within(&holds.unadvised, &pages);
+            insert_range(&mut holds.unadvised, pages.clone());
+            before
+        };
         self.keep_out(pages.clone()).inspect_err(|_| {
             let mut holds = self.holds();
             remove_range(&mut holds.unadvised, pages.clone());
+            // What was taken out by an earlier call stays out; whatever others did elsewhere meanwhile, too.
+            for range in before {
+                insert_range(&mut holds.unadvised, range);
+            }
             self.let_go(&holds, pages);
         })
     }
