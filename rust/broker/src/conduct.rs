@@ -154,10 +154,11 @@ impl Conductor {
             }
         }
         for client in self.objects.overdue(now) {
-            if let Some(session) = self.sessions.get(&client)
-                && let (Some(table), Some(name)) = (&session.table, &session.domain)
+            let connected = self.sessions.get(&client).and_then(Session::lender);
+            let departed = || self.departed.iter().find(|departed| departed.id.0 == client);
+            if let Some((table, name, number)) = connected.or_else(|| departed()?.lender())
                 && let Some(domain) = self.domains.get_mut(name)
-                && let Err(error) = self.objects.lend(client, now, table, session.store, &mut domain.store)
+                && let Err(error) = self.objects.lend(client, now, table, number, &mut domain.store)
             {
                 tracing::warn!(client, %error, "pages cannot be lent; it is tried again");
             }

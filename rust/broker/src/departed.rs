@@ -68,6 +68,16 @@ impl Departed {
         tables.is_some_and(|(theirs, its)| theirs.is_same(its))
     }
 
+    /// As [`Session::lender`], for a process that stood still before it took its pages home. Words that went on are not touched: a
+    /// later epoch than was told of is a later connection's, maybe to another broker, and another region may have the words by now. Nor
+    /// are those of a process that this one's end is hidden from, in another namespace: it takes lent words for left behind.
+    pub(crate) fn lender(&self) -> Option<(&TableView, &str, StoreNumber)> {
+        let stood_still = |table: &&TableView| Some(table.epoch()) <= self.lives.current();
+        let (pid, says) = self.process_key;
+        let table = self.table.as_ref().filter(stood_still)?;
+        (pid == says).then_some((table, self.domain.as_str(), self.store))
+    }
+
     /// Asks about its life pages, and looks after its objects.
     pub(crate) fn look(&mut self, now: Duration, domain: &mut Domain, objects: &mut Objects) -> Found {
         let sealed = self.lives.poll(false, now);

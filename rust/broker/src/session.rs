@@ -194,6 +194,11 @@ impl Session {
         Epoch(received.max(self.table.as_ref().map_or(0, TableView::epoch)))
     }
 
+    /// What its pages are lent by: its words, its domain, and what they call the store.
+    pub(crate) fn lender(&self) -> Option<(&TableView, &str, StoreNumber)> {
+        Some((self.table.as_ref()?, self.domain.as_deref()?, self.store))
+    }
+
     /// Whether a slice lies in the table and overlaps no other region; the reason otherwise.
     pub(crate) fn check_slice(&self, region: u32, first_word: u32, pages: u32) -> Result<(), String> {
         let capacity = self.table.as_ref().map_or(0, TableView::capacity);

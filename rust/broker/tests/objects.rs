@@ -6,6 +6,7 @@ mod regions;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use fake::{Broker, FakeClient, page, wait_for};
 use ksmrs_broker::client;
@@ -299,4 +300,46 @@ fn who_opens_an_object_waits_for_all_regions_over_it() {
             }
         }
     });
+}
+
+/// A client whose connection is over before it took home the page that it left out of its object, and that lives.
+fn disconnected(broker: &Broker, named: &Named) -> (FakeClient, Word) {
+    let mut client = FakeClient::new(broker);
+    let (_, first) = client.join([7, 7]);
+    client.merge();
+    let frame = client.word(first).frame().expect("it merged");
+    join(&mut client, 9, 1, named.object(), &named.file).unwrap();
+    let merged = Word::PRIVATE.with_state(State::Merged).with_frame(frame.0, frame.1);
+    client.store_word(FIRST_WORD + 9, merged);
+    client.connection.shut_down();
+    broker.logged("client closed its socket");
+    (client, merged)
+}
+
+#[test]
+fn a_disconnected_client_that_stands_still_has_its_pages_lent() {
+    let broker = Broker::start("still");
+    let named = Named::new("still", 1);
+    let (client, merged) = disconnected(&broker, &named);
+    drop(named.open());
+    assert!(named.page(0) == page(7), "whoever opened it reads a hole");
+    assert_eq!(client.word(FIRST_WORD + 9), merged.with_state(State::Homed).lent());
+}
+
+/// It connected to another broker, say, and another of its regions has the words.
+#[test]
+fn words_of_a_disconnected_client_that_went_on_are_not_touched() {
+    let broker = Broker::start("went-on");
+    let named = Named::new("went-on", 1);
+    let (client, merged) = disconnected(&broker, &named);
+    client.table.set_epoch(client.epoch + 1);
+    std::thread::scope(|scope| {
+        let opener = scope.spawn(|| named.open());
+        broker.logged("its pages go home");
+        std::thread::sleep(Duration::from_secs(4));
+        assert_eq!(client.word(FIRST_WORD + 9), merged);
+        drop(client);
+        drop(opener.join().unwrap());
+    });
+    assert!(named.page(0) == page(7), "it is written back once the client is dead");
 }
