@@ -111,28 +111,12 @@ impl Departed {
         }
         let table = self.table.as_ref();
         let word = |index| table.and_then(|table| table.word(index));
-        match objects.write_back(self.id.0, &word, self.store, &mut domain.store) {
-            Ok(pages) => {
-                tracing::info!(
-                    client = self.id.0,
-                    pid = self.process_key.0,
-                    pages,
-                    "its objects hold all their bytes again"
-                );
-                true
-            }
-            // Sealed against writing: nobody's bytes but its own maker's are lost.
-            Err(error) if error.errno() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
-                tracing::error!(client = self.id.0, pid = self.process_key.0, %error, "pages cannot be written back to their object");
-                objects.forget(self.id.0);
-                true
-            }
-            Err(error) => {
-                tracing::warn!(client = self.id.0, %error, "pages are not back in their object; it is tried again");
-                self.next = now + AGAIN;
-                false
-            }
+        let written = objects.write_back(self.id.0, &word, self.store, &mut domain.store);
+        if let Err(error) = &written {
+            tracing::warn!(client = self.id.0, %error, "pages are not back in their object; it is tried again");
+            self.next = now + AGAIN;
         }
+        written.is_ok()
     }
 
     /// When to look again; `None` when there is nothing to look for.

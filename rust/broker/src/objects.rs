@@ -169,11 +169,11 @@ impl Objects {
         self.held.values().filter(overdue).map(|held| held.client).collect()
     }
 
-    /// Lends the pages of a client's overdue objects out, and lets go on who waits for them. What a thread of the client owns
-    /// right now is tried again.
+    /// Lends the pages of a client's overdue objects out, and lets go on who waits for them, each as soon as it is whole. What a
+    /// thread of the client owns right now is tried again.
     ///
     /// # Errors
-    /// No room in the object, or its pages' frames cannot be read.
+    /// The first of an object that has no room, or whose pages' frames cannot be read.
     pub(crate) fn lend(
         &mut self,
         client: u32,
@@ -182,34 +182,25 @@ impl Objects {
         number: StoreNumber,
         store: &mut Store,
     ) -> Result<(), SysError> {
-        let slots = store.slots();
-        let known = |word: Word| {
-            word.frame()
-                .is_none_or(|(store, slot)| store == number && slot.0 < slots)
-        };
+        let mut failed = None;
         for held in self.held.values_mut().filter(|held| held.client == client) {
             if !matches!(held.waiting, Waiting::Until(until) if until <= now) {
                 continue;
             }
-            let mut whole = true;
-            for place in held.regions.values() {
-                whole &= table.lend(place.first_word, place.pages, known, |page, pages, word| {
-                    let Some((_, slot)) = word.frame() else { return Ok(()) };
-                    let pages = pages.min(place.pages_there(&held.description)?.saturating_sub(page));
-                    store.fill_holes(&held.description, place.offset_of(page), slot, pages)?;
-                    Ok(())
-                })?;
-            }
-            if whole {
-                tracing::info!(
-                    client,
-                    "it does not answer: its pages are lent to whoever opened its object"
-                );
-                held.waiting = Waiting::Lent;
-                release(held);
+            match held.lend(table, number, store) {
+                Ok(true) => {
+                    tracing::info!(
+                        client,
+                        "it does not answer: its pages are lent to whoever opened its object"
+                    );
+                    held.waiting = Waiting::Lent;
+                    release(held);
+                }
+                Ok(false) => {}
+                Err(error) => drop(failed.get_or_insert(error)),
             }
         }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Whether a client has any.
@@ -217,34 +208,72 @@ impl Objects {
         self.held.values().any(|held| held.client == client)
     }
 
-    /// Lets a dead client's objects go as they are.
-    pub(crate) fn forget(&mut self, client: u32) {
-        self.held.retain(|_, held| held.client != client);
-    }
-
-    /// Writes the pages of a dead client's objects back and lets the objects go.
+    /// Writes the pages of a dead client's objects back and lets the objects go, each as soon as it is whole.
     ///
     /// # Errors
-    /// No room: whatever is not back yet is still in its frames; try again.
+    /// The first of an object without room: whatever is not back yet is still in its frames; try again.
     pub(crate) fn write_back(
         &mut self,
         client: u32,
         word: &dyn Fn(u32) -> Option<Word>,
         number: StoreNumber,
         store: &mut Store,
+    ) -> Result<(), SysError> {
+        let mut failed = None;
+        self.held.retain(|_, held| {
+            if held.client != client {
+                return true;
+            }
+            match held.write_back(word, number, store) {
+                Ok(pages) => tracing::info!(client, pages, "its object holds all its bytes again"),
+                // Sealed against writing: nobody's bytes but its own maker's are lost.
+                Err(error) if error.errno() == Some(rustix::io::Errno::PERM.raw_os_error()) => {
+                    tracing::error!(client, %error, "pages cannot be written back to their object");
+                }
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    return true;
+                }
+            }
+            // Also after an exec: the next program may have inherited the description.
+            release(held);
+            false
+        });
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+impl Held {
+    /// Whether all its pages are home or lent now.
+    fn lend(&self, table: &TableView, number: StoreNumber, store: &mut Store) -> Result<bool, SysError> {
+        let slots = store.slots();
+        let known = |word: Word| {
+            word.frame()
+                .is_none_or(|(store, slot)| store == number && slot.0 < slots)
+        };
+        let mut whole = true;
+        for place in self.regions.values() {
+            whole &= table.lend(place.first_word, place.pages, known, |page, pages, word| {
+                let Some((_, slot)) = word.frame() else { return Ok(()) };
+                let pages = pages.min(place.pages_there(&self.description)?.saturating_sub(page));
+                store.fill_holes(&self.description, place.offset_of(page), slot, pages)?;
+                Ok(())
+            })?;
+        }
+        Ok(whole)
+    }
+
+    /// How many pages were missing.
+    fn write_back(
+        &self,
+        word: &dyn Fn(u32) -> Option<Word>,
+        number: StoreNumber,
+        store: &mut Store,
     ) -> Result<u32, SysError> {
         let mut written = 0;
-        for held in self.held.values().filter(|held| held.client == client) {
-            for place in held.regions.values() {
-                written += write_back(&held.description, *place, word, number, store)?;
-            }
+        for place in self.regions.values() {
+            written += write_back(&self.description, *place, word, number, store)?;
         }
-        // Also after an exec: the next program may have inherited the description.
-        self.held
-            .values()
-            .filter(|held| held.client == client)
-            .for_each(release);
-        self.forget(client);
         Ok(written)
     }
 }

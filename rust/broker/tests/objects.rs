@@ -3,9 +3,12 @@
 mod fake;
 mod regions;
 
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use fake::{Broker, FakeClient, page, wait_for};
@@ -22,7 +25,7 @@ const FIRST_WORD: u32 = 300;
 /// A POSIX object of this test's own, unlinked at its end.
 struct Named {
     name: String,
-    file: std::fs::File,
+    file: File,
 }
 
 impl Named {
@@ -35,12 +38,7 @@ impl Named {
     }
 
     fn object(&self) -> Object {
-        let stat = rustix::fs::fstat(&self.file).unwrap();
-        Object {
-            device: stat.st_dev,
-            inode: stat.st_ino,
-            offset: 0,
-        }
+        object_of(&self.file)
     }
 
     fn open(&self) -> OwnedFd {
@@ -57,6 +55,43 @@ impl Named {
 impl Drop for Named {
     fn drop(&mut self) {
         let _ = shm::unlink(&self.name);
+    }
+}
+
+fn object_of(file: &File) -> Object {
+    let stat = rustix::fs::fstat(file).unwrap();
+    Object {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+        offset: 0,
+    }
+}
+
+/// Runs the test of this name where a file system has room for two pages: in a process with a mount namespace of its own.
+fn with_little_room(test: &str, program: impl FnOnce(&Path)) {
+    const FOLDER: &str = "KSMRS_TEST_LITTLE_ROOM";
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        return program(Path::new(&folder));
+    }
+    let folder = std::env::temp_dir().join(format!("ksmrs-little-room-{}", std::process::id()));
+    std::fs::create_dir(&folder).unwrap();
+    let ended = Command::new("unshare")
+        .args([
+            "--mount",
+            "sh",
+            "-c",
+            "mount -t tmpfs -o size=8k none $0 || exit 1; exec \"$@\"",
+        ])
+        .args([folder.as_os_str(), std::env::current_exe().unwrap().as_os_str()])
+        .args(["--exact", test, "--nocapture"])
+        .env(FOLDER, &folder)
+        .status();
+    std::fs::remove_dir(&folder).unwrap();
+    match ended {
+        // A test that fails has another status.
+        Ok(status) if status.code() != Some(1) => assert!(status.success(), "{test}: {status}"),
+        #[allow(clippy::print_stderr, reason = "who reads the results should know")]
+        not_run => eprintln!("{test} is left out, for it may not mount: {not_run:?}"),
     }
 }
 
@@ -87,7 +122,7 @@ fn objects_that_are_not_what_they_are_called_are_refused() {
     let broker = Broker::start("objects");
     let (mut client, mut other) = (FakeClient::new(&broker), FakeClient::new(&broker));
     let named = Named::new("refused", 4);
-    let (object, null) = (named.object(), std::fs::File::open("/dev/null").unwrap());
+    let (object, null) = (named.object(), File::open("/dev/null").unwrap());
     let mut refused = |object, pages, fd: &dyn AsFd, wanted: &str| {
         let reason = join(&mut client, 500, pages, object, fd.as_fd()).unwrap_err();
         assert!(reason.contains(wanted), "{reason:?} does not say {wanted:?}");
@@ -191,7 +226,7 @@ fn what_a_dead_client_left_out_of_its_object_is_written_back() {
     assert_eq!(named.page(0), [0; PAGE_SIZE]);
     drop(client);
     wait_for(|| named.page(1) == page(7), || broker.log());
-    broker.logged("hold all their bytes again");
+    broker.logged("holds all its bytes again");
     let expected = [
         page(7),
         page(7),
@@ -291,7 +326,7 @@ fn who_opens_an_object_waits_for_all_regions_over_it() {
                 client::disconnect().unwrap();
             }
             let mut found = vec![0; bytes.len()];
-            std::fs::File::from(named.open()).read_exact(&mut found).unwrap();
+            File::from(named.open()).read_exact(&mut found).unwrap();
             let both = found.chunks_exact(PAGE_SIZE).zip(bytes.chunks_exact(PAGE_SIZE));
             let wrong = both.filter(|(found, written)| found != written).count();
             assert_eq!(wrong, 0, "broker killed: {killed}");
@@ -342,4 +377,44 @@ fn words_of_a_disconnected_client_that_went_on_are_not_touched() {
         drop(opener.join().unwrap());
     });
     assert!(named.page(0) == page(7), "it is written back once the client is dead");
+}
+
+#[test]
+fn an_object_without_room_keeps_no_other_from_being_whole() {
+    with_little_room("an_object_without_room_keeps_no_other_from_being_whole", |folder| {
+        for lives in [true, false] {
+            let broker = Broker::start("room");
+            let mut client = FakeClient::new(&broker);
+            let (_, first) = client.join([7, 7]);
+            client.merge();
+            let frame = client.word(first).frame().expect("it merged");
+            // The first is a hole, and looked at first; the second needs no room.
+            let paths = ["hole", "whole"].map(|name| folder.join(name));
+            for (region, path) in (9..).zip(&paths) {
+                let file = File::create_new(path).unwrap();
+                file.set_len(PAGE_SIZE as u64).unwrap();
+                if region == 10 {
+                    file.write_all_at(&page(7), 0).unwrap();
+                }
+                join(&mut client, region, 1, object_of(&file), &file).unwrap();
+                let merged = Word::PRIVATE.with_state(State::Merged).with_frame(frame.0, frame.1);
+                client.store_word(FIRST_WORD + region, merged);
+            }
+            let filler = folder.join("filler");
+            std::fs::write(&filler, [1; 2 * PAGE_SIZE]).unwrap_err();
+            client.connection.shut_down();
+            let _life = client.life.take().filter(|_| lives);
+            std::thread::scope(|scope| {
+                let [hole, whole] = paths
+                    .each_ref()
+                    .map(|path| scope.spawn(move || std::fs::read(path).unwrap()));
+                wait_for(|| whole.is_finished(), || broker.log());
+                assert!(whole.join().unwrap() == page(7));
+                assert!(!hole.is_finished());
+                std::fs::remove_file(&filler).unwrap();
+                assert!(hole.join().unwrap() == page(7));
+            });
+            paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+        }
+    });
 }
