@@ -150,7 +150,7 @@ impl Conductor {
         for (client, region) in self.objects.recalls(now) {
             tracing::info!(client, region, "somebody opens its object: its pages go home");
             if let Some(session) = self.sessions.get_mut(&client) {
-                session.tell(&ToClient::Recall { region });
+                session.recall(region);
             }
         }
         for client in self.objects.overdue(now) {
@@ -181,7 +181,7 @@ impl Conductor {
             }
             let given_up = domain.core.latest_unsealed(session.id).map(|epoch| epoch.0);
             if session.lives.is_turn_due(given_up, now) {
-                session.tell(&ToClient::Turn);
+                session.ask_turn();
             }
             wake = earliest(wake, earliest(session.lives.next_poll(true), session.lives.next_turn()));
         }

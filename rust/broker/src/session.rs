@@ -4,7 +4,7 @@
 //! Everything that a client hands over is vetted here, before `domain.rs` sees it. Sending never blocks; a client that does
 //! not read is dropped once too much waits for it.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use crate::cpu::Claims;
 use crate::lives::Lives;
 use crate::offence::Offence;
 use crate::process::Process;
-use crate::wire::{self, BrokerEnd, Message, ReceiveBuffer, ToBroker, ToClient, WireError};
+use crate::wire::{self, BrokerEnd, ReceiveBuffer, ToBroker, ToClient, WireError};
 
 /// Datagrams that may wait for a client; each is at most 64 KiB, most are a few bytes.
 const MAX_WAITING: usize = 256;
@@ -82,6 +82,8 @@ pub(crate) struct Session {
     /// Slices of the table in use: first word -> the region and its pages.
     slices: BTreeMap<u32, (u32, u32)>,
     waiting: VecDeque<(Vec<u8>, Option<OwnedFd>)>,
+    /// Regions to be recalled, by the client's own numbers: as many as somebody else makes them by opening an object.
+    recalls: BTreeSet<u32>,
     overflowed: bool,
 }
 
@@ -113,6 +115,7 @@ impl Session {
             regions: BTreeMap::new(),
             slices: BTreeMap::new(),
             waiting: VecDeque::new(),
+            recalls: BTreeSet::new(),
             overflowed: false,
         })
     }
@@ -234,6 +237,7 @@ impl Session {
 
     /// Forgets a region.
     pub(crate) fn unseat(&mut self, region: u32) -> Option<Seat> {
+        self.recalls.remove(&region);
         let seat = self.regions.remove(&region)?;
         self.slices.remove(&seat.first_word);
         Some(seat)
@@ -262,11 +266,18 @@ impl Session {
         Ok(())
     }
 
-    /// Queues what nobody waits for. Where it cannot be, `flush` finds that too, and the client is dropped there.
-    pub(crate) fn tell(&mut self, message: &ToClient) {
-        if let Err(offence) = self.send(message, None) {
-            tracing::debug!(client = self.id.0, message = message.name(), %offence, "not sent");
+    /// Asks for a fresh life page; not where too much waits already, for it is asked for again.
+    pub(crate) fn ask_turn(&mut self) {
+        if self.waiting.len() < MAX_WAITING
+            && let Err(offence) = self.send(&ToClient::Turn, None)
+        {
+            tracing::debug!(client = self.id.0, %offence, "not asked for a life page");
         }
+    }
+
+    /// Somebody waits to open a region's object: the client is told when nothing else waits for it.
+    pub(crate) fn recall(&mut self, region: u32) {
+        self.recalls.insert(region);
     }
 
     /// Sends what can be sent without waiting.
@@ -277,22 +288,29 @@ impl Session {
                 limit: MAX_WAITING,
             });
         }
-        while let Some((datagram, fd)) = self.waiting.front() {
+        loop {
+            if self.waiting.is_empty()
+                && let Some(region) = self.recalls.pop_first()
+            {
+                self.send(&ToClient::Recall { region }, None)?;
+            }
+            let Some((datagram, fd)) = self.waiting.front() else {
+                return Ok(());
+            };
             match self
                 .connection
                 .send_encoded(datagram, fd.as_ref().map(AsFd::as_fd), Wait::No)
             {
                 Ok(()) => drop(self.waiting.pop_front()),
-                Err(error) if error.is_would_block() => break,
+                Err(error) if error.is_would_block() => return Ok(()),
                 // The end of the stream is found by reading: there may be answers before it.
                 Err(error) if error.is_closed() => {
                     self.waiting.clear();
-                    break;
+                    return Ok(());
                 }
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
     }
 
     /// Whether something waits for the client to read.

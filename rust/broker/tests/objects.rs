@@ -191,6 +191,35 @@ fn an_opener_waits_until_every_region_of_the_object_left() {
     });
 }
 
+/// More than may wait for a client that does not read just now.
+#[test]
+fn an_opener_of_an_object_of_many_regions_ends_no_connection() {
+    const REGIONS: u32 = 600;
+    let broker = Broker::start("many");
+    let mut client = FakeClient::new(&broker);
+    let named = Named::new("many", REGIONS.into());
+    for region in 0..REGIONS {
+        let object = Object {
+            offset: u64::from(region) * PAGE_SIZE as u64,
+            ..named.object()
+        };
+        join(&mut client, region, 1, object, &named.file).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let opener = scope.spawn(|| named.open());
+        let told = || broker.log().matches("its pages go home").count();
+        wait_for(|| told() == REGIONS as usize, || broker.log());
+        for region in 0..REGIONS {
+            let recalled = client.work_until(|message| matches!(message, ToClient::Recall { .. }));
+            assert_eq!(recalled, ToClient::Recall { region });
+        }
+        for region in 0..REGIONS {
+            leave(&mut client, region);
+        }
+        drop(opener.join().unwrap());
+    });
+}
+
 #[test]
 fn what_a_dead_client_left_out_of_its_object_is_written_back() {
     let broker = Broker::start("dead");
