@@ -301,10 +301,7 @@ impl Conductor {
                 Err(error) if error.is_would_block() => return,
                 Err(error) if error.is_closed() => return self.drop_client(id, None),
                 Err(error) => {
-                    if self.listener.is_none() {
-                        // The program's other threads may have taken the last descriptor just now.
-                        session.lives.may_miss_one();
-                    }
+                    session.not_received(self.listener.is_none());
                     Err(error.into())
                 }
                 Ok((message, fd)) => self.hear(id, message, fd),
@@ -325,7 +322,7 @@ impl Conductor {
             Some(offence) => {
                 tracing::warn!(client = id, pid, %offence, "client dropped");
                 session.dismiss(&offence.to_string());
-                session.take_last_lives(&mut self.buffer, self.started.elapsed());
+                session.take_last_lives(&mut self.buffer, self.started.elapsed(), self.listener.is_none());
             }
             None => tracing::info!(client = id, pid, "client closed its socket"),
         }

@@ -26,8 +26,8 @@ const TURN_PAUSE_GROWTH: u32 = 4;
 pub(crate) struct Lives {
     pages: VecDeque<(u32, OwnedFd)>,
     latest: Option<u32>,
-    /// One may have been sent that never arrived, and somebody may map it.
-    one_is_missing: bool,
+    /// The lowest epoch whose page may have been sent and never arrived: somebody may map it.
+    missing: Option<u32>,
     pause: Duration,
     next: Option<Duration>,
     owed: Option<Owed>,
@@ -114,8 +114,9 @@ impl Lives {
         if self.pages.len() == before {
             return None;
         }
-        match self.pages.front() {
-            Some(&(epoch, _)) => epoch.checked_sub(1),
+        let oldest = self.pages.front().map(|&(epoch, _)| epoch);
+        match oldest.into_iter().chain(self.missing).min() {
+            Some(epoch) => epoch.checked_sub(1),
             None => self.latest,
         }
     }
@@ -145,14 +146,15 @@ impl Lives {
         self.owed.as_ref().map(|owed| owed.at)
     }
 
-    /// A message was lost that may have brought one: what it would stand for is kept for good.
+    /// A message was lost that may have brought one: what was given up in its epoch, or in a later one, is kept for good.
     pub(crate) fn may_miss_one(&mut self) {
-        self.one_is_missing = true;
+        let next = self.latest.map_or(0, |latest| latest.saturating_add(1));
+        self.missing.get_or_insert(next);
     }
 
     /// Whether no address space shows anything of this client any more.
     pub(crate) fn are_over(&self) -> bool {
-        self.pages.is_empty() && !self.one_is_missing
+        self.pages.is_empty() && self.missing.is_none()
     }
 }
 
@@ -183,6 +185,23 @@ mod tests {
         assert!(!lives.are_over() && lives.next_poll(true).is_none());
         assert_eq!(lives.poll(false, 5 * LATER), Some(4));
         assert!(lives.are_over());
+    }
+
+    #[test]
+    fn a_page_that_is_missing_keeps_its_epoch_and_later_ones() {
+        let mut lives = Lives::default();
+        let (one, fd) = LifePage::new().unwrap();
+        lives.turn(1, fd, Duration::ZERO).unwrap();
+        // That of epoch 2 was lost; a child may map it alone.
+        lives.may_miss_one();
+        let (three, fd) = LifePage::new().unwrap();
+        lives.turn(3, fd, Duration::ZERO).unwrap();
+        lives.may_miss_one();
+        drop(one);
+        assert_eq!(lives.poll(false, LATER), Some(1));
+        drop(three);
+        assert_eq!(lives.poll(false, 2 * LATER), Some(1));
+        assert!(!lives.are_over());
     }
 
     #[test]

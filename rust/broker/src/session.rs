@@ -156,17 +156,25 @@ impl Session {
 
     /// Takes the life pages that were on their way when the connection was shut down: a client lets an old page go once the new one
     /// is sent, so without them it would look dead. What it tries to send from now on fails, and its page stays.
-    pub(crate) fn take_last_lives(&mut self, buffer: &mut ReceiveBuffer, now: Duration) {
+    pub(crate) fn take_last_lives(&mut self, buffer: &mut ReceiveBuffer, now: Duration, embedded: bool) {
         while self.connection.has_room_for_descriptor() {
             match self.connection.receive(buffer, Wait::No) {
                 // One that breaks the rules here, too, hurts only itself.
                 Ok((ToBroker::Life { epoch }, Some(fd))) => drop(self.take_life(epoch, fd, now)),
                 Ok(_) => {}
                 Err(error) if error.is_would_block() || error.is_closed() => return,
-                Err(_) => {}
+                Err(_) => self.not_received(embedded),
             }
         }
         self.lives.may_miss_one();
+    }
+
+    /// A message came that is none, or not whole.
+    pub(crate) fn not_received(&mut self, embedded: bool) {
+        if embedded {
+            // The program's other threads may have taken the last descriptor just now.
+            self.lives.may_miss_one();
+        }
     }
 
     pub(crate) fn take_table(&mut self, pages: u32, fd: &OwnedFd) -> Result<(), Offence> {
