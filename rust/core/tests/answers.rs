@@ -60,6 +60,36 @@ fn who_found_a_founding_full_finds_its_frame_when_a_page_leaves_it_meanwhile() {
     all_merge(&mut core, &mut clients, 3);
 }
 
+/// The client answers the next Scan, of its only region, with what these pages hold, and whether that is new; what it is not told of, it left out.
+fn answer_scan(core: &mut Core, clients: &mut Clients, held: &[(u64, bool)]) {
+    let scan = clients.until(core, |_, decision| !matches!(decision, Decision::Punch { .. }));
+    let Decision::Scan { order, .. } = scan else {
+        panic!("{scan:?} though nobody has an equal")
+    };
+    let observations: Vec<Observation> = held
+        .iter()
+        .map(|&(checksum, changed)| Observation {
+            seen: Seen::Own,
+            checksum: Some((Checksum(checksum), changed)),
+        })
+        .collect();
+    core.scanned(order, &(Epoch(0), &observations[..]), clients.now);
+}
+
+#[test]
+fn who_is_left_out_of_a_short_answer_is_no_candidate_two_passes_later() {
+    let (mut core, mut clients) = equal_pages("256");
+    core.region_joined(ONE, Kind::Private, 2, 0).unwrap();
+    answer_scan(&mut core, &mut clients, &[(10, true), (20, true)]);
+    answer_scan(&mut core, &mut clients, &[(10, false), (20, false)]);
+    assert_eq!(core.stats().pages_unshared, 2);
+    // The second page is not looked at; then the first holds what the second held when it was filed, and that holds something else.
+    answer_scan(&mut core, &mut clients, &[(20, true)]);
+    answer_scan(&mut core, &mut clients, &[(20, false), (30, true)]);
+    answer_scan(&mut core, &mut clients, &[(20, false), (30, false)]);
+    assert_eq!(core.stats().pages_unshared, 2);
+}
+
 /// Words of a client that turns to another epoch whenever one is read: each page was written in the epoch before.
 struct Turning {
     pages: usize,
