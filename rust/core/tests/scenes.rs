@@ -402,6 +402,39 @@ fn what_is_refused_while_a_stranger_has_the_memory_piles_nothing_up() {
 }
 
 #[test]
+fn a_candidate_of_a_region_that_rests_meets_nobody() {
+    let (mut world, _) = clients(0, 0, |_, _| 0);
+    for (knob, value) in [
+        ("smart_scan", "0"),
+        ("advisor_mode", "none"),
+        ("pages_to_scan", "100000"),
+    ] {
+        world.core.set(knob, value).unwrap();
+    }
+    // Two equal pages, for which the region comes to rest; all others are candidates.
+    let id = world.join_client(false);
+    world.join_region(id, Kind::Shared, WINDOW, 0, |i| 10 + i.max(1));
+    world.accompany(id, true);
+    let pass = |world: &mut World| {
+        world.settle();
+        world.now += Duration::from_millis(20);
+    };
+    while world.runs.is_empty() {
+        pass(&mut world);
+    }
+    let (begun, proposed) = (world.now, world.runs.len());
+    let other = world.join_client(false);
+    world.join_region(other, Kind::Private, WINDOW / 2, 0, |i| 10 + WINDOW / 2 + i);
+    let passes = world.core.full_scans() + 5;
+    while world.core.full_scans() < passes {
+        pass(&mut world);
+    }
+    assert!(world.now < begun + Duration::from_millis(200), "it rests still");
+    assert_eq!((world.runs.len(), world.frames_in_store()), (proposed, 0));
+    assert_eq!(world.core.stats().pages_unshared, u64::from(WINDOW + WINDOW / 2));
+}
+
+#[test]
 fn a_region_whose_merges_do_not_last_is_left_alone_and_others_are_not() {
     let half = 4 * WINDOW;
     let (mut world, ids) = clients(2, 2 * half, |_, i| 10 + i);
