@@ -3,8 +3,12 @@
 mod honest;
 
 use honest::Honest;
-use ksmrs_core::{Checksum, ClientId, Core, Decision, Epoch, Kind, Observation, Observations, PageNumber, Seen};
+use ksmrs_core::{
+    Checksum, ClientId, Core, Decision, Epoch, Kind, MAX_SCAN_PAGES, MAX_STEP_PAGES, Next, Observation, Observations,
+    PageNumber, Seen,
+};
 use std::cell::Cell;
+use std::time::Duration;
 
 const SLOTS: u32 = 4096;
 const ONE: ClientId = ClientId(1);
@@ -88,6 +92,33 @@ fn who_is_left_out_of_a_short_answer_is_no_candidate_two_passes_later() {
     answer_scan(&mut core, &mut clients, &[(20, false), (30, true)]);
     answer_scan(&mut core, &mut clients, &[(20, false), (30, false)]);
     assert_eq!(core.stats().pages_unshared, 2);
+}
+
+#[test]
+fn a_merge_on_request_asks_for_more_at_once_of_who_had_nothing_new_to_say() {
+    let mut core = Core::new(SLOTS, Checksum(0));
+    core.client_joined(ONE);
+    core.region_joined(ONE, Kind::Private, 4 * MAX_SCAN_PAGES, 0).unwrap();
+    core.request_merge(Duration::ZERO);
+    let mut asked = |changed: bool| {
+        let Next::Do(Decision::Scan { order, ranges, .. }) = core.next(Duration::ZERO) else {
+            panic!("all of it is looked at")
+        };
+        let pages = ranges.iter().flat_map(|range| range.iter());
+        let seen = |page: PageNumber| Observation {
+            seen: Seen::Own,
+            checksum: Some((Checksum(u64::from(page.0) + 1), changed)),
+        };
+        let observations: Vec<Observation> = pages.map(seen).collect();
+        core.scanned(order, &(Epoch(0), &observations[..]), Duration::ZERO);
+        observations.len() as u32
+    };
+    let (few, many) = (MAX_STEP_PAGES, MAX_SCAN_PAGES);
+    assert_eq!(
+        [true, true, false, true, false].map(&mut asked),
+        [few, few, few, many, few]
+    );
+    assert_eq!(asked(true), many);
 }
 
 /// Words of a client that turns to another epoch whenever one is read: each page was written in the epoch before.
