@@ -2,6 +2,7 @@
 
 mod tracked;
 
+use ksmrs_sys::checksum::ChecksumWord;
 use ksmrs_sys::foreign::Foreign;
 use ksmrs_sys::numa::NO_NODE;
 use ksmrs_sys::page_table::ClientTable;
@@ -122,6 +123,39 @@ fn pages_without_memory_stay_without() {
     tracked.pass();
     assert_eq!(states(&tracked.region, State::Zero), 255);
     assert_eq!(tracked.stale().iter().filter(|page| **page == 3).count(), 0);
+}
+
+/// Where a whole unit was mapped anew there is no page table, and a quick look finds nothing written, whatever the words say.
+#[test]
+fn pages_of_zeros_have_no_checksum_once_they_merged() {
+    let mut tracked = Tracked::make(2 * UNIT, Kind::Private);
+    let mut frames = Frames::of(&tracked);
+    tracked.fill();
+    tracked.settle();
+    let unit = Span {
+        first: Page(0),
+        pages: UNIT,
+    };
+    assert_eq!(frames.merge(&tracked.region, unit), UNIT as usize);
+    (0..UNIT).for_each(|page| tracked.word(page).store(0, Ordering::Relaxed));
+    tracked.pass();
+    assert_eq!(states(&tracked.region, State::Broken), UNIT as usize);
+    assert_eq!(tracked.stale(), []);
+    assert_eq!(frames.merge_zero(&tracked.region, unit), UNIT as usize);
+    tracked.pass();
+    let known = |tracked: &Tracked| {
+        let checksums = tracked.table.checksums().iter().take(UNIT as usize);
+        checksums
+            .filter(|word| word.load(Ordering::Relaxed) != ChecksumWord::NONE.0)
+            .count()
+    };
+    assert_eq!(known(&tracked), 0, "they have no memory");
+    // Nor have they any when they take part anew: nobody may take them for pages that could merge.
+    tracked.region.unadvise(0..UNIT).unwrap();
+    tracked.region.advise(0..UNIT).unwrap();
+    tracked.pass();
+    assert_eq!(states(&tracked.region, State::Private), 2 * UNIT as usize);
+    assert_eq!(known(&tracked), 0);
 }
 
 #[test]
