@@ -44,6 +44,17 @@ impl Link {
         })
     }
 
+    /// To a broker that a test plays, which nobody reads from.
+    #[cfg(test)]
+    pub(super) fn over(end: ClientEnd) -> Link {
+        Link {
+            number: 1,
+            broker: 0,
+            process: None,
+            end: Arc::new(end),
+        }
+    }
+
     /// Sends a message. The remapper owns no word and holds no lock here.
     pub(super) fn send(&self, message: &ToBroker, fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
         Ok(self.end.send(message, fd, Wait::Yes)?)

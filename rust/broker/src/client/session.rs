@@ -114,3 +114,57 @@ impl Session {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{BrokerEnd, ClientEnd, ReceiveBuffer};
+    use ksmrs_sys::life::{Seal, try_seal};
+    use ksmrs_sys::peer::{Peer, Wait};
+    use std::os::fd::OwnedFd;
+
+    /// In its first epoch; the broker's end, and the life page.
+    fn begun() -> (Session, BrokerEnd, OwnedFd) {
+        let (one, two) = Peer::pair().unwrap();
+        let broker = BrokerEnd::over(two);
+        let table = Box::leak(Box::new(ClientTable::create(1).unwrap().0));
+        let mut session = Session::new(Link::over(ClientEnd::over(one)), table);
+        session.turn().unwrap();
+        let (message, life) = broker.receive(&mut ReceiveBuffer::new(), Wait::No).unwrap();
+        assert_eq!((message, table.epoch()), (ToBroker::Life { epoch: 1 }, 1));
+        (session, broker, life.unwrap())
+    }
+
+    /// Each step of a turn fails in its turn; what comes after it was not done. (One after another: life pages are listed by process.)
+    #[test]
+    fn a_turn_maps_a_page_then_tells_then_sends_and_then_lets_the_old_page_go() {
+        let (mut session, broker, old) = begun();
+        let mut others = Vec::new();
+        while let Ok(other) = LifePage::for_store(StoreNumber(1)) {
+            others.push(other);
+        }
+        session.turn().unwrap();
+        assert_eq!(
+            (session.epoch, session.table.epoch()),
+            (1, 1),
+            "there is no page for another"
+        );
+        assert!(
+            broker
+                .receive(&mut ReceiveBuffer::new(), Wait::No)
+                .unwrap_err()
+                .is_would_block()
+        );
+        assert_eq!(try_seal(&old), Seal::Busy, "the epoch goes on");
+        drop(others);
+        drop(broker);
+        session.turn().unwrap_err();
+        assert_eq!(session.table.epoch(), 2, "whoever hears of it finds it in the table");
+        assert_eq!(try_seal(&old), Seal::Busy, "nobody heard of the new one");
+        let (mut session, broker, old) = begun();
+        session.turn().unwrap();
+        assert_eq!(try_seal(&old), Seal::Taken);
+        let (_, fresh) = broker.receive(&mut ReceiveBuffer::new(), Wait::No).unwrap();
+        assert_eq!(try_seal(fresh.unwrap()), Seal::Busy);
+    }
+}
