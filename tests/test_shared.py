@@ -142,7 +142,7 @@ def test_an_outsider_waits_and_reads_every_byte_and_merging_ends_until_it_is_gon
             opened.write(b"abc")
         assert bytes(bytes_of(memory)[:3]) == b"abc"
         merge(PAGES - 2, memory.buf)
-        assert reasons() == ""
+        wait_for(lambda: not reasons(), "the end of what kept it from merging", 10)
         assert outsider_reads(memory.name) == b"abc" + expected[3:]
 
 
@@ -176,6 +176,15 @@ def test_an_object_outlives_its_client_with_all_its_bytes(end: str) -> None:
             assert blocks(name) == CONTENT.size
         finally:
             (SHM / name).unlink()
+
+
+def test_what_was_opted_in_in_part_is_opted_in_as_a_whole() -> None:
+    memory, other = anonymous(), anonymous()
+    ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE, 0, 16 * PAGE)
+    ksmrs.madvise(memory, ksmrs.MADV_UNMERGEABLE)
+    opted_in(memory, other)
+    merge(2 * PAGES, memory, other)
+    assert content(memory) == content(other) == CONTENT.tobytes()
 
 
 def test_a_dead_broker_leaves_objects_whole() -> None:

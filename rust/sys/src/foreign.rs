@@ -173,7 +173,12 @@ fn continues(first: &Mapped, mapped: &Mapped) -> Result<(), &'static str> {
     if (first.device, first.inode, first.offset + distance) != (mapped.device, mapped.inode, mapped.offset) {
         return Err("it is made of several objects, or of one out of order");
     }
-    if ADVICE.iter().any(|(flag, _)| first.has(flag) != mapped.has(flag)) {
+    // All of it gets "nh" while it is a region, and parts that were one have it still.
+    let matters = |flag: &[u8; 2]| flag != b"nh";
+    if ADVICE
+        .iter()
+        .any(|(flag, _)| matters(flag) && first.has(flag) != mapped.has(flag))
+    {
         return Err("its parts were advised differently");
     }
     Ok(())
