@@ -99,8 +99,15 @@ def _references(thing: object) -> int:
 
 @pytest.mark.parametrize(
     "view",
-    [pickle.PickleBuffer, memoryview, lambda array: memoryview(array)[8:], lambda array: np.asarray(memoryview(array))],
-    ids=["PickleBuffer", "memoryview", "a slice of it", "an array over it"],
+    [
+        pickle.PickleBuffer,
+        memoryview,
+        lambda array: memoryview(array)[8:],
+        lambda array: np.asarray(memoryview(array)),
+        lambda array: (ctypes.c_uint8 * array.size).from_buffer(array),
+        lambda array: np.frombuffer((ctypes.c_uint8 * array.size).from_buffer(array), np.uint8),
+    ],
+    ids=["PickleBuffer", "memoryview", "a slice of it", "an array over it", "ctypes", "an array over ctypes"],
 )
 def test_an_array_is_watched_whatever_view_is_opted_in(view: Callable[[Any], Any]) -> None:
     arrays = [CONTENT.copy() for _ in range(3)]
@@ -119,9 +126,12 @@ def test_objects_of_ctypes_take_part_if_the_memory_is_theirs() -> None:
     class Pair(ctypes.Structure):
         _fields_ = (("first", ctypes.c_uint8 * MIB), ("second", ctypes.c_uint8 * MIB))
 
+    class Either(ctypes.Union):
+        _fields_ = (("pair", Pair), ("number", ctypes.c_uint64))
+
     own = Pair()
     below = bytearray(MIB)
-    for fit in own, own.second, (ctypes.c_char * MIB).from_buffer(below), np.ctypeslib.as_array(own.first):
+    for fit in own, own.second, Either(), (ctypes.c_char * MIB).from_buffer(below), np.ctypeslib.as_array(own.first):
         ksmrs.madvise(fit, ksmrs.MADV_MERGEABLE)
         ksmrs.madvise(fit, ksmrs.MADV_UNMERGEABLE)
     bytes_of = ctypes.c_uint8 * MIB
@@ -131,6 +141,7 @@ def test_objects_of_ctypes_take_part_if_the_memory_is_theirs() -> None:
         bytes_of.from_address(address),
         ctypes.cast(address, ctypes.POINTER(bytes_of)).contents,
         np.ctypeslib.as_array(pointer, (MIB,)),
+        bytes_of.from_buffer(bytes_of.from_address(address)),
     ):
         with pytest.raises(ksmrs.ForeignMemoryError, match=r"points at it, so it cannot be held: .* ksmrs\.array"):
             ksmrs.madvise(unfit, ksmrs.MADV_MERGEABLE)
@@ -187,5 +198,102 @@ def test_what_is_opted_out_as_the_interpreter_ends_keeps_its_bytes() -> None:
         for array in arrays:
             ksmrs.madvise(array, ksmrs.MADV_MERGEABLE)
         assert ksmrs.merge(60).finished and ksmrs.process_stats().ksm_merging_pages > 400
+        """
+    )
+
+
+def test_no_signal_is_lost_in_a_garbage_collection() -> None:
+    run(
+        """
+        memory = bytearray(1 << 20)
+        ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+        sent = raised = 0
+        def send(*_):
+            global sent
+            sent += 1
+            raise InterruptedError
+        signal.signal(signal.SIGALRM, send)
+        while sent < 100:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.002)
+                while True:
+                    # Garbage, so that most of the time goes into collections.
+                    circle = [[]]
+                    circle.append(circle)
+            except InterruptedError:
+                raised += 1
+        assert raised == sent, (raised, sent)
+        """
+    )
+
+
+def test_what_nobody_refers_to_is_let_go_after_a_collection_in_any_thread() -> None:
+    run(
+        """
+        from ksmrs import _adopt
+        def elsewhere():
+            thread = threading.Thread(target=gc.collect)
+            thread.start()
+            thread.join()
+        for collect in gc.collect, elsewhere:
+            ksmrs.madvise(bytearray(1 << 20), ksmrs.MADV_MERGEABLE)
+            collect()
+            assert _adopt._holds == {}
+        """
+    )
+
+
+def test_a_fork_finds_nobody_in_the_midst_of_opting_in_or_out() -> None:
+    run(
+        """
+        import mmap, warnings
+        warnings.simplefilter("ignore", DeprecationWarning)
+        memory = mmap.mmap(-1, 1 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        ended = False
+        def toggle():
+            while not ended:
+                ksmrs.madvise(memory, ksmrs.MADV_MERGEABLE)
+                ksmrs.madvise(memory, ksmrs.MADV_UNMERGEABLE)
+        thread = threading.Thread(target=toggle)
+        thread.start()
+        for _ in range(60):
+            child = os.fork()
+            if child == 0:
+                try:
+                    for advice in ksmrs.MADV_UNMERGEABLE, ksmrs.MADV_MERGEABLE, ksmrs.MADV_UNMERGEABLE:
+                        ksmrs.madvise(memory, advice)
+                    memory.close()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            assert os.waitpid(child, 0)[1] == 0
+        ended = True
+        thread.join()
+        """
+    )
+
+
+def test_a_shared_memory_that_was_closed_opts_nobody_else_out() -> None:
+    run(
+        """
+        import mmap
+        from multiprocessing.shared_memory import SharedMemory
+        from ksmrs import _ksmrs
+        closed = SharedMemory(create=True, size=1 << 20)
+        try:
+            for advice in ksmrs.MADV_MERGEABLE, ksmrs.MADV_UNMERGEABLE:
+                ksmrs.madvise(closed, advice)
+            number = id(closed._mmap)
+            closed.close()
+            others = []
+            while not others or id(others[-1]) != number and len(others) < 200:
+                others.append(mmap.mmap(-1, 1 << 20))
+            other = others[-1]
+            ksmrs.madvise(other, ksmrs.MADV_MERGEABLE)
+            assert ksmrs.process_stats().adopted_bytes == 1 << 20
+            closed.close()
+            assert ksmrs.process_stats().adopted_bytes == 1 << 20
+        finally:
+            closed.unlink()
         """
     )

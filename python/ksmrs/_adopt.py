@@ -47,8 +47,9 @@ class _Hold:
     """Something that memory belongs to, and the regions that were made of it."""
 
     def __init__(self, owner: Any) -> None:
-        self.holding = _ksmrs.Holding(id(owner))
-        self.bytes_out_of_phase = 0
+        self.key = id(owner)
+        self.holding = _ksmrs.Holding(self.key)
+        self.is_out_of_phase = False
         self.opting_in = 0
 
     @property
@@ -71,9 +72,9 @@ class _Hold:
         """Whether only this refers to it."""
         return False
 
-    def is_gone(self) -> bool:
-        """Whether what was held is no more."""
-        return False
+    def is_over(self) -> bool:
+        """Whether nothing is held any more."""
+        raise NotImplementedError
 
 
 class _ArrayHold(_Hold):
@@ -89,8 +90,8 @@ class _ArrayHold(_Hold):
     def let_go(self) -> None:
         self.owner = None
 
-    def is_gone(self) -> bool:
-        return self.owner is not None and self.owner() is None
+    def is_over(self) -> bool:
+        return self.owner is None or self.owner() is None
 
 
 class _ExportHold(_Hold):
@@ -104,6 +105,9 @@ class _ExportHold(_Hold):
         if self.view is not None:
             self.view.release()
             self.view = None
+
+    def is_over(self) -> bool:
+        return self.view is None
 
     def is_forgotten(self) -> bool:
         return self.view is not None and sys.getrefcount(self.view.obj) <= _HELD_BY_EXPORT_ALONE
@@ -130,8 +134,12 @@ def _is_plain(dtype: Any) -> bool:
 
 def collect() -> None:
     """Let go of whatever only ksmrs refers to any more."""
-    for key, hold in list(_holds.items()):
-        if isinstance(hold, _ExportHold) and hold.is_forgotten() and _holds.pop(key, None) is hold:
+    # Not of items, for to make those may begin a collection, in which arrays end that are in the dictionary.
+    for hold in list(_holds.values()):
+        if hold.is_over():
+            if _holds.get(hold.key) is hold:
+                del _holds[hold.key]
+        elif isinstance(hold, _ExportHold) and hold.is_forgotten() and _holds.pop(hold.key, None) is hold:
             try:
                 if hold.leaves_bytes_to_nobody():
                     hold.abandon()
@@ -139,25 +147,18 @@ def collect() -> None:
                     hold.give_back()
             except (SystemCallError, PinnedError):
                 # No room for its bytes now, or somebody at them: it is held on to until that is over.
-                _holds[key] = hold
+                _holds[hold.key] = hold
                 continue
             hold.let_go()
-        elif hold.is_gone() and _holds.get(key) is hold:
-            del _holds[key]
-
-
-def _after_collection(phase: str, info: dict[str, int]) -> None:
-    # Looking at each hold in each young collection would make a program with many of them slow.
-    if phase == "stop" and (info["generation"] == 2 or len(_holds) <= 64):
-        collect()
 
 
 class _Process:
-    """What a forked child begins anew."""
+    """What of this process opting in and out depends on."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.ending = False
+        self.installed = False
 
 
 _process = _Process()
@@ -174,13 +175,21 @@ def _at_exit() -> None:
             region.retire()
 
 
+def _begin_anew() -> None:
+    _process.ending = False
+
+
 def _install() -> None:
     _faulthandler.install()
     _leave_before_sending()
-    if _after_collection not in gc.callbacks:
-        gc.callbacks.append(_after_collection)
+    if not _process.installed:
         atexit.register(_at_exit)
-        os.register_at_fork(after_in_child=_process.__init__)  # type: ignore[misc]
+        # Nobody is in the midst of opting in or out as the process forks.
+        lock = _process.lock
+        os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
+        os.register_at_fork(after_in_child=_begin_anew)
+        gc.callbacks.append(_ksmrs.AfterCollection(_holds, collect))
+        _process.installed = True
 
 
 def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: bool) -> None:
@@ -207,24 +216,25 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: boo
         if _process.ending:
             raise UnsupportedError("the interpreter is ending: nothing is opted in any more")
         _install()
-        key, hold = _held(owner, kind)
-        if is_shared_memory(buffer):
-            _leave_before_close(buffer, key)
-        gaps = _gaps(*pages, touching)
-        before = len(hold.regions)
-        hold.opting_in += 1
+        hold = _held(owner, kind)
         try:
-            for start, end in gaps:
-                hold.holding.adopt(start, end - start, exclusive)
-        except BaseException:
-            for region in hold.regions[before:]:
-                region.give_back()
-            raise
+            # It may have been resized before it was held.
+            _belongs(owner, address, nbytes)
+            if is_shared_memory(buffer):
+                _leave_before_close(buffer, hold)
+            before = len(hold.regions)
+            try:
+                for start, end in _gaps(*pages, touching):
+                    hold.holding.adopt(start, end - start, exclusive)
+            except BaseException:
+                for region in hold.regions[before:]:
+                    region.give_back()
+                raise
         finally:
             hold.opting_in -= 1
-            _let_go_if_out(key, hold)
+            _let_go_if_out(hold)
         if address % PAGE_SIZE:
-            hold.bytes_out_of_phase += sum(end - start for start, end in gaps)
+            hold.is_out_of_phase = True
         for start, length, _ in touching:
             low, high = max(start, pages[0]), min(start + length, pages[1])
             if low < high:
@@ -252,9 +262,9 @@ def unadvise(address: int, nbytes: int) -> None:
                 except PinnedError:
                     # Out at once, and as it was when the last pin ends.
                     _ksmrs.advise(part[0], part[1] - part[0], False)
-        for key, hold in list(_holds.items()):
+        for hold in list(_holds.values()):
             # Not only what was opted out now: whoever did may have been interrupted before it was let go.
-            _let_go_if_out(key, hold)
+            _let_go_if_out(hold)
         collect()
 
 
@@ -268,14 +278,14 @@ def unpinned(address: int, nbytes: int) -> None:
                     _give_back(holder, start, whole=False)
 
 
-def _leave_before_close(memory: Any, key: int) -> None:
+def _leave_before_close(memory: Any, hold: _Hold) -> None:
     """Make the `close` of a `SharedMemory` let go of its mapping first, which could not be closed while it is held."""
     if "close" in vars(memory):
         return
-    reference = weakref.ref(memory)
+    reference, held = weakref.ref(memory), weakref.ref(hold)
 
     def close() -> None:
-        _give_back_all(lambda held, _: held == key)
+        _give_back_all(lambda hold: hold is held())
         closing = reference()
         if closing is not None:
             type(closing).close(closing)
@@ -291,20 +301,19 @@ def _leave_before_sending() -> None:
 
     def reduce_arena(arena: Any) -> Any:
         low, length = extent(arena.buffer)
-        _give_back_all(lambda _, hold: any(low <= region.address < low + length for region in hold.regions))
+        _give_back_all(lambda hold: any(low <= region.address < low + length for region in hold.regions))
         return heap.reduce_arena(arena)
 
     reduction.register(heap.Arena, reduce_arena)
 
 
-def _give_back_all(chosen: Callable[[int, _Hold], bool]) -> None:
+def _give_back_all(chosen: Callable[[_Hold], bool]) -> None:
     """End the regions of all holds that are chosen."""
     with _process.lock:
-        for key, hold in list(_holds.items()):
-            if chosen(key, hold):
+        for hold in list(_holds.values()):
+            if chosen(hold):
                 hold.give_back()
-                _holds.pop(key, None)
-                hold.let_go()
+                _let_go_if_out(hold)
 
 
 def _give_back(holder: int, address: int, whole: bool) -> None:
@@ -316,13 +325,14 @@ def _give_back(holder: int, address: int, whole: bool) -> None:
         if region.address == address and (whole or region.unadvised):
             region.give_back()
             break
-    _let_go_if_out(holder, hold)
+    _let_go_if_out(hold)
 
 
-def _let_go_if_out(key: int, hold: _Hold) -> None:
+def _let_go_if_out(hold: _Hold) -> None:
     """Stop holding what has no regions any more."""
     if not hold.holding.is_open and not hold.opting_in:
-        _holds.pop(key, None)
+        if _holds.get(hold.key) is hold:
+            del _holds[hold.key]
         hold.let_go()
 
 
@@ -380,23 +390,40 @@ def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]
 
 
 def _exporter(buffer: Any) -> Any:
-    """What a view of this looks at: itself, or what it only passes on (`memoryview`, `PickleBuffer`)."""
+    """What a view of this looks at: itself, or what it passes on (`memoryview`, `PickleBuffer`, `from_buffer` of ctypes)."""
     try:
+        if is_a(buffer, "_ctypes", *_CTYPES):
+            below = _view_below(buffer)
+            passes_on = below is not None and (is_ndarray(below.obj) or is_a(below.obj, "_ctypes", *_CTYPES))
+            return below.obj if below is not None and passes_on else buffer
         return memoryview(buffer).obj
     except (TypeError, BufferError):
         return buffer
 
 
+_CTYPES = ("Array", "Structure", "Union")
+
+
+def _root(owner: Any) -> Any:
+    """The object of ctypes that one is a part of."""
+    while is_a(owner._b_base_, "_ctypes", *_CTYPES):
+        owner = owner._b_base_
+    return owner
+
+
+def _view_below(owner: Any) -> memoryview | None:
+    """What an object of ctypes that `from_buffer` made keeps of the buffer."""
+    kept = _root(owner)._objects
+    view = kept.get("ffffffff") if isinstance(kept, dict) else None
+    return view if isinstance(view, memoryview) else None
+
+
 def _has_memory(owner: Any) -> bool:
     """Whether this is no object of ctypes over memory that is somebody else's (`from_address`, what a pointer points at)."""
-    if not is_a(owner, "_ctypes", "Array", "Structure", "Union"):
+    if not is_a(owner, "_ctypes", *_CTYPES):
         return True
-    while is_a(owner._b_base_, "_ctypes", "Array", "Structure", "Union"):
-        owner = owner._b_base_
-    if owner._b_base_ is not None:
-        return False
-    kept = owner._objects.values() if isinstance(owner._objects, dict) else ()
-    return owner._b_needsfree_ or any(isinstance(view, memoryview) for view in kept)
+    root = _root(owner)
+    return root._b_base_ is None and bool(root._b_needsfree_ or _view_below(owner) is not None)
 
 
 def _is_stride_trick(base: Any) -> bool:
@@ -419,18 +446,20 @@ def _belongs(owner: Any, address: int, nbytes: int) -> None:
         )
 
 
-def _held(owner: Any, kind: type[_Hold]) -> tuple[int, _Hold]:
-    key = id(owner)
-    hold = _holds.get(key)
-    if hold is None or hold.is_gone():
-        hold = kind(owner)
-        _holds[key] = hold
-    return key, hold
+def _held(owner: Any, kind: type[_Hold]) -> _Hold:
+    """What holds it, until `opting_in` is counted down again."""
+    while True:
+        hold = _holds.get(id(owner))
+        if hold is None or hold.is_over():
+            hold = kind(owner)
+        hold.opting_in += 1
+        # Whoever came in between may have let it go.
+        if not hold.is_over():
+            _holds[hold.key] = hold
+            return hold
 
 
 def bytes_now() -> tuple[int, int]:
     """Bytes of adopted memory, and how many of them belong to buffers that begin within a page."""
-    holds = list(_holds.values())
-    return sum(region.nbytes for hold in holds for region in list(hold.regions)), sum(
-        hold.bytes_out_of_phase for hold in holds
-    )
+    sizes = [(sum(region.nbytes for region in hold.regions), hold.is_out_of_phase) for hold in list(_holds.values())]
+    return sum(nbytes for nbytes, _ in sizes), sum(nbytes for nbytes, is_out in sizes if is_out)

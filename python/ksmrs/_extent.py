@@ -43,7 +43,7 @@ def is_shared_memory(buffer: Any) -> bool:
 def extent(buffer: Any) -> tuple[int, int]:
     """First address and number of bytes."""
     buffer = unwrapped(buffer)
-    if is_a(buffer, "_ctypes", "Array", "Structure"):
+    if is_a(buffer, "_ctypes", "Array", "Structure", "Union"):
         # Their buffers do not tell strides.
         _ctypes = sys.modules["_ctypes"]
         return _ctypes.addressof(buffer), _ctypes.sizeof(buffer)

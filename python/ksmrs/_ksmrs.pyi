@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, Self, final
 from weakref import ReferenceType
@@ -10,6 +10,7 @@ __all__ = [
     "METADATA_PER_PAGE",
     "PAGE_SIZE",
     "Adopted",
+    "AfterCollection",
     "Holding",
     "Pin",
     "Region",
@@ -93,6 +94,12 @@ class Adopted:
         """Let go of memory that is being freed: private memory without its bytes, shared memory with them."""
     def retire(self) -> None:
         """No thread of ksmrs touches it from now on; it stays as it is. For the end of the interpreter."""
+
+@final
+class AfterCollection:
+    def __new__(cls, holds: dict[int, Any], collect: Callable[[], None]) -> Self: ...
+    def __call__(self, phase: str, info: dict[str, Any]) -> None:
+        """Have `collect` called soon after a garbage collection: a callback for `gc.callbacks`."""
 
 @final
 class Holding:

@@ -17,7 +17,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self
 
 from ksmrs import _faulthandler, _ksmrs
-from ksmrs._errors import ArgumentError, ClosedRegionError, DtypeError, NameExistsError, SystemCallError
+from ksmrs._errors import ArgumentError, ClosedRegionError, DtypeError, NameExistsError, PinnedError, SystemCallError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -36,7 +36,7 @@ _named: weakref.WeakSet[Region] = weakref.WeakSet()
 def _leave_named() -> None:
     for region in list(_named):
         # What has no room in its object now is written back by the broker.
-        with contextlib.suppress(SystemCallError):
+        with contextlib.suppress(SystemCallError, PinnedError):
             region.leave()
 
 

@@ -10,6 +10,7 @@ use ksmrs_broker::client;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyWeakrefReference};
 
+use crate::buffer;
 use crate::error::IntoPython;
 use crate::live::{self, Memory};
 use crate::region;
@@ -85,6 +86,11 @@ impl Ranges {
         ranges.retain(|memory| !memory.is_closed());
         ranges.clone()
     }
+
+    fn is_open(&self) -> bool {
+        let ranges = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.iter().any(|memory| !memory.is_closed())
+    }
 }
 
 /// What of one object's memory takes part.
@@ -115,7 +121,7 @@ impl Holding {
     /// Whether any range takes part.
     #[getter]
     fn is_open(&self) -> bool {
-        !self.ranges.open().is_empty()
+        self.ranges.is_open()
     }
 
     /// The ranges that take part, as they came.
@@ -155,8 +161,9 @@ struct Watcher {
 #[pymethods]
 impl Watcher {
     fn __call__(&self, py: Python<'_>, _reference: &Bound<'_, PyAny>) {
+        let open = self.ranges.open();
         py.detach(|| {
-            for memory in self.ranges.open() {
+            for memory in &open {
                 let kept = !self.abandons && memory.region.give_back().is_ok();
                 // No memory for copies of bytes that hardly anybody will look at; what must not be is a merged page in free memory.
                 if kept || memory.region.abandon().is_ok() {
@@ -178,6 +185,40 @@ impl Drop for Watcher {
                 memory.close();
             }
         }
+    }
+}
+
+/// Has what is held looked at after garbage collections: in `gc.callbacks`, from which no exception comes out, so it runs no Python in
+/// the thread that hears signals.
+#[pyclass(frozen, module = "ksmrs._ksmrs")]
+pub struct AfterCollection {
+    holds: Py<PyDict>,
+    collect: Py<PyAny>,
+}
+
+/// Looking at each hold in each young collection would make a program with many of them slow.
+const FEW: usize = 64;
+
+#[pymethods]
+impl AfterCollection {
+    #[new]
+    fn new(holds: Py<PyDict>, collect: Py<PyAny>) -> AfterCollection {
+        AfterCollection { holds, collect }
+    }
+
+    fn __call__(&self, py: Python<'_>, phase: &str, info: &Bound<'_, PyDict>) -> PyResult<()> {
+        let oldest = || {
+            info.get_item("generation")
+                .is_ok_and(|is| is.is_some_and(|is| is.eq(2).unwrap_or(false)))
+        };
+        if phase != "stop" || self.holds.bind(py).len() > FEW && !oldest() {
+            return Ok(());
+        }
+        if rustix::thread::gettid() == rustix::process::getpid() {
+            buffer::soon(py, &self.collect);
+            return Ok(());
+        }
+        self.collect.call0(py).map(drop)
     }
 }
 

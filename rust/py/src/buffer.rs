@@ -2,15 +2,18 @@
 //!
 //! The one file of this crate that speaks CPython's C interface. Relies on [`crate::region::Region`] for memory that outlives
 //! its exports: every export holds a reference to the Python object, which holds the mapping. Also adopts memory that such
-//! objects own. Never reads or writes the memory itself, and never makes a slice of it.
+//! objects own, and has the interpreter look soon whether anybody refers to them still. Never reads or writes the memory itself, and never
+//! makes a slice of it.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_void};
 use std::ptr;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ksmrs_broker::client::{self, Foreign};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
 
 use crate::adopted::Holding;
 use crate::error::{self, IntoPython};
@@ -92,4 +95,35 @@ pub fn extent(buffer: &Bound<'_, PyAny>) -> PyResult<(usize, usize)> {
         }
     }
     Ok((low, high + view.item_size() - low))
+}
+
+/// What [`soon`] has called.
+static SOON: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+/// It will be.
+static DUE: AtomicBool = AtomicBool::new(false);
+
+/// Has the main thread call this where it could hear a signal; what it raises then goes to the program. The first callable is called always.
+#[allow(unsafe_code)]
+pub fn soon(py: Python<'_>, call: &Py<PyAny>) {
+    SOON.get_or_init(py, || call.clone_ref(py));
+    if !DUE.swap(true, Ordering::AcqRel) {
+        // SAFETY: the function may be called at any time, with whatever pointer.
+        let full = unsafe { ffi::Py_AddPendingCall(Some(call_it), ptr::null_mut()) } != 0;
+        if full {
+            DUE.store(false, Ordering::Release);
+        }
+    }
+}
+
+extern "C" fn call_it(_: *mut c_void) -> c_int {
+    DUE.store(false, Ordering::Release);
+    let called = Python::try_attach(|py| {
+        SOON.get(py)
+            .map_or(Ok(()), |call| call.call0(py).map(drop))
+            .map_err(|raised| raised.restore(py))
+    });
+    match called {
+        Some(Err(())) => -1,
+        _ => 0,
+    }
 }

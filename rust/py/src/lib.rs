@@ -45,7 +45,7 @@ mod _ksmrs {
     }
 
     #[pymodule_export]
-    use super::adopted::{Adopted, Holding, regions_touching};
+    use super::adopted::{Adopted, AfterCollection, Holding, regions_touching};
     #[pymodule_export]
     use super::allocator::{begin_heap, end_heap, heap_bytes, is_lent, replace_numpy_functions, set_numpy_handler};
     #[pymodule_export]

@@ -129,31 +129,38 @@ pub fn touching(address: usize, nbytes: usize) -> Vec<Arc<Memory>> {
     let _arena = arena_at(address);
     let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
     let end = address.saturating_add(nbytes);
-    last_open(live.range(..address))
-        .into_iter()
-        .chain(live.range(address..end).filter_map(open))
-        .filter(|memory| memory.reaches(address))
-        .collect()
+    let mut found = down_to_an_open_one(live.range(..address));
+    found.reverse();
+    found.extend(live.range(address..end).filter_map(|(_, memory)| memory.upgrade()));
+    // What is dropped last locks the table.
+    drop(live);
+    found.retain(|memory| !memory.is_closed() && memory.reaches(address));
+    found
 }
 
-fn open((_, memory): (&usize, &Weak<Memory>)) -> Option<Arc<Memory>> {
-    memory.upgrade().filter(|memory| !memory.is_closed())
-}
-
-/// The last open region of some: where one was closed another may lie by now, and begin before it.
-fn last_open<'a>(regions: impl DoubleEndedIterator<Item = (&'a usize, &'a Weak<Memory>)>) -> Option<Arc<Memory>> {
-    regions.rev().find_map(open)
+/// The last of some regions, and those before it up to one that is open: where one was closed another may lie by now, and begin before it.
+fn down_to_an_open_one<'a>(
+    regions: impl DoubleEndedIterator<Item = (&'a usize, &'a Weak<Memory>)>,
+) -> Vec<Arc<Memory>> {
+    let mut found = Vec::new();
+    for memory in regions.rev().filter_map(|(_, memory)| memory.upgrade()) {
+        let open = !memory.is_closed();
+        found.push(memory);
+        if open {
+            break;
+        }
+    }
+    found
 }
 
 /// Finds the live, open region that a range lies in.
 pub fn find(py: Python<'_>, address: usize, nbytes: usize) -> PyResult<Within> {
     let _arena = arena_at(address);
-    let live = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = live.range(..=address);
-    let closed = before.clone().next_back().and_then(|(_, memory)| memory.upgrade());
-    let memory = last_open(before).filter(|memory| memory.reaches(address)).or(closed);
-    drop(live);
-    let found = memory.and_then(|memory| {
+    let before = down_to_an_open_one(LIVE.lock().unwrap_or_else(PoisonError::into_inner).range(..=address));
+    let open = before
+        .iter()
+        .find(|memory| !memory.is_closed() && memory.reaches(address));
+    let found = open.or(before.first()).cloned().and_then(|memory| {
         let first = address - memory.region.address();
         let end = first.checked_add(nbytes)?;
         (end <= memory.region.len() && (first < end || first < memory.region.len())).then_some(Within {
