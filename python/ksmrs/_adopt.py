@@ -1,10 +1,10 @@
 """Memory that the program made: what holds it while it takes part, and when it is let go.
 
 Merging remaps addresses, so it may only touch memory that cannot be freed, moved or resized meanwhile. An ndarray that owns its
-data is watched through a weak reference, whose callback runs while the data is still there; everything else (mmap, bytearray,
-bytes, what a memoryview looks at) is held by a buffer export and let go once only ksmrs refers to it. An exception may come out
-of any line here (a signal's handler), so which ranges take part is known to the extension module alone. Nothing here looks at
-page contents, and no client thread ever runs Python.
+data is watched, through a weak reference and the function that NumPy frees data with, whichever comes first; everything else
+(mmap, bytearray, bytes, what a memoryview looks at) is held by a buffer export and let go once only ksmrs refers to it. An
+exception may come out of any line here (a signal's handler), so which ranges take part is known to the extension module alone.
+Nothing here looks at page contents, and no client thread ever runs Python.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class _ArrayHold(_Hold):
         # An instance of a subclass can be seen again after the callback (a __del__ within a garbage collection), and references
         # to objects are released after it.
         unseen = type(owner) is sys.modules["numpy"].ndarray and _is_plain(owner.dtype)
-        self.owner: Any = self.holding.watch(owner, _holds, unseen)
+        address = owner.__array_interface__["data"][0]
+        self.owner: Any = self.holding.watch(owner, address, _holds, unseen)
 
     def let_go(self) -> None:
         self.owner = None
@@ -95,13 +96,15 @@ class _ArrayHold(_Hold):
 
 
 class _ExportHold(_Hold):
-    """An object with a buffer: an export keeps it from being closed or resized."""
+    """An object with a buffer: an export keeps it from being closed or resized, and a weak reference an array."""
 
     def __init__(self, exporter: Any) -> None:
         super().__init__(exporter)
         self.view: memoryview | None = memoryview(exporter)
+        self.against_resize = weakref.ref(exporter) if is_ndarray(exporter) else None
 
     def let_go(self) -> None:
+        self.against_resize = None
         if self.view is not None:
             self.view.release()
             self.view = None
@@ -125,6 +128,12 @@ def _references_of_an_export() -> int:
 
 
 _HELD_BY_EXPORT_ALONE = _references_of_an_export()
+
+
+def _tells_before_it_frees(array: Any) -> bool:
+    """Whether the memory of an array is freed by functions that are ksmrs's; a weak reference alone may come too late."""
+    multiarray = sys.modules.get("numpy._core.multiarray") or sys.modules["numpy.core.multiarray"]
+    return multiarray.get_handler_name(array) in ("default_allocator", "ksmrs") and _ksmrs.replace_numpy_functions()
 
 
 def _is_plain(dtype: Any) -> bool:
@@ -371,7 +380,7 @@ def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]
                         "the array is a copy that is written back when it ends: opt the original in"
                     )
                 _belongs(owner, address, nbytes)
-                return owner, _ArrayHold
+                return owner, _ArrayHold if _tells_before_it_frees(owner) else _ExportHold
             owner = owner.base
             if owner is None:
                 raise ForeignMemoryError(

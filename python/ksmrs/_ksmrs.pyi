@@ -111,10 +111,10 @@ class Holding:
         """Opt in memory of the object that is known by this key: whole pages, in place, while the object is held."""
     def regions(self) -> list[Adopted]:
         """Return the ranges that take part, as they came."""
-    def watch(self, owner: Any, holds: dict[int, Any], abandons: bool) -> ReferenceType[Any]:
+    def watch(self, owner: Any, address: int, holds: dict[int, Any], abandons: bool) -> ReferenceType[Any]:
         """End all ranges when `owner` is about to be freed, as long as the reference lives, and take the key out of `holds`.
 
-        `abandons` says that nobody will look at the bytes any more.
+        Its memory begins at `address`. `abandons` says that nobody will look at the bytes any more.
         """
 
 @final

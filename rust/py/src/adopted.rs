@@ -4,7 +4,9 @@
 //! What ends here when an object dies runs no Python, so that neither a signal's handler nor the limit of recursion can keep it from
 //! that. Dropping the last of a range gives the memory back with its bytes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use ksmrs_broker::client;
 use pyo3::prelude::*;
@@ -130,16 +132,19 @@ impl Holding {
         open.map(|memory| Adopted { memory }).collect()
     }
 
-    /// Ends all ranges when this object is about to be freed, and takes its number out of `holds`. `abandons` says that nobody
-    /// will look at its bytes any more. Returns a weak reference, for as long as whose life that is done.
+    /// Ends all ranges when this array, whose memory begins at that address, is about to be freed, and takes its number out of `holds`.
+    /// `abandons` says that nobody will look at its bytes any more. Returns a weak reference, for as long as whose life that is done.
     fn watch<'py>(
         &self,
         owner: &Bound<'py, PyAny>,
+        address: usize,
         holds: Py<PyDict>,
         abandons: bool,
     ) -> PyResult<Bound<'py, PyWeakrefReference>> {
+        watched(|watched| watched.insert(address, self.ranges.clone()));
         let watcher = Watcher {
             key: self.key,
+            address,
             ranges: self.ranges.clone(),
             holds,
             abandons,
@@ -153,14 +158,56 @@ impl Holding {
 #[pyclass(frozen, module = "ksmrs._ksmrs")]
 struct Watcher {
     key: usize,
+    address: usize,
     ranges: Ranges,
     holds: Py<PyDict>,
     abandons: bool,
 }
 
+/// The ranges of watched arrays, by where the arrays' memory begins. Whoever locks it has the interpreter's lock.
+static WATCHED: LazyLock<Mutex<HashMap<usize, Ranges>>> = LazyLock::new(Mutex::default);
+/// How many there are.
+static WATCHES: AtomicUsize = AtomicUsize::new(0);
+
+fn watched<T>(change: impl FnOnce(&mut HashMap<usize, Ranges>) -> T) -> T {
+    let mut watched = WATCHED.lock().unwrap_or_else(PoisonError::into_inner);
+    let done = change(&mut watched);
+    WATCHES.store(watched.len(), Ordering::Release);
+    done
+}
+
+/// NumPy is about to free this memory. From NumPy 2.5 on it does before it calls weak references.
+pub fn freed(address: usize) {
+    if WATCHES.load(Ordering::Acquire) == 0 {
+        return;
+    }
+    let Some(ranges) = watched(|watched| watched.remove(&address)) else {
+        return;
+    };
+    for memory in ranges.open() {
+        // Private memory of an array's own: that cannot fail.
+        if memory.region.abandon().is_ok() {
+            memory.close();
+        }
+    }
+}
+
+impl Watcher {
+    /// The memory that it watched may be another array's by now.
+    fn ends(&self) {
+        watched(|watched| {
+            let ours = watched
+                .get(&self.address)
+                .is_some_and(|ranges| Arc::ptr_eq(&ranges.0, &self.ranges.0));
+            ours.then(|| watched.remove(&self.address))
+        });
+    }
+}
+
 #[pymethods]
 impl Watcher {
     fn __call__(&self, py: Python<'_>, _reference: &Bound<'_, PyAny>) {
+        self.ends();
         let open = self.ranges.open();
         py.detach(|| {
             for memory in &open {
@@ -180,6 +227,7 @@ impl Drop for Watcher {
     /// Python drops it with its reference; and where it could not call it, at the limit of recursion, right after that, while the object's
     /// memory is still there.
     fn drop(&mut self) {
+        self.ends();
         for memory in self.ranges.open().iter().filter(|memory| !memory.region.is_retired()) {
             if memory.region.give_back().is_ok() {
                 memory.close();

@@ -4,8 +4,8 @@
 //! for that capsule, CPython's. NumPy looks a handler up in the context of each thread, where only the default one is everywhere; so the
 //! functions *behind the default handler* are replaced, in place. Where that cannot be, a handler of ours is set context by context.
 //!
-//! The functions here may be called by any thread, with the GIL or without, before, while and after merging is on: memory is told
-//! by its address, and whatever is not the heap's goes to the functions that were there. They are never taken out again, for
+//! The functions here may be called by any thread, before, while and after merging is on: memory is told
+//! by its address, and whatever is not the heap's goes to the functions that were there, once `adopted.rs` has let go of it. They are never taken out again, for
 //! arrays of the heap may be freed at any later time. They take no lock that is held while Python runs.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -18,6 +18,7 @@ use pyo3::exceptions::PyRuntimeError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
+use crate::adopted;
 use crate::error::IntoPython;
 
 type Malloc = unsafe extern "C" fn(*mut c_void, usize) -> *mut c_void;
@@ -131,9 +132,11 @@ unsafe extern "C" fn realloc(_context: *mut c_void, memory: *mut c_void, bytes: 
 }
 
 unsafe extern "C" fn free(_context: *mut c_void, memory: *mut c_void, bytes: usize) {
-    if client::free(memory.expose_provenance()) {
+    let address = memory.expose_provenance();
+    if client::free(address) {
         return;
     }
+    adopted::freed(address);
     if let Some(before) = before() {
         // SAFETY: as in `malloc`; memory that is not the heap's is theirs, or null.
         unsafe { (before.free)(before.context, memory, bytes) }
