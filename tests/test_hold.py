@@ -122,6 +122,17 @@ def test_an_array_is_watched_whatever_view_is_opted_in(view: Callable[[Any], Any
     assert not any(map(regions_at, addresses)) and _adopt._holds == {}
 
 
+def test_what_numpy_frees_ended_before() -> None:
+    array = CONTENT.copy()
+    address = address_of(array)
+    opted_in(array)
+    assert regions_at(address)
+    # As at an array's end, but that no weak reference is told: from NumPy 2.5 on it is told too late.
+    state: Any = (1, (3,), np.dtype(np.uint8), False, b"new")
+    array.__setstate__(state)
+    assert not regions_at(address) and content(array) == b"new"
+
+
 def test_objects_of_ctypes_take_part_if_the_memory_is_theirs() -> None:
     class Pair(ctypes.Structure):
         _fields_ = (("first", ctypes.c_uint8 * MIB), ("second", ctypes.c_uint8 * MIB))
