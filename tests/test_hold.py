@@ -292,8 +292,9 @@ def test_a_shared_memory_that_was_closed_opts_nobody_else_out() -> None:
         from ksmrs import _ksmrs
         closed = SharedMemory(create=True, size=1 << 20)
         try:
-            for advice in ksmrs.MADV_MERGEABLE, ksmrs.MADV_UNMERGEABLE:
+            for advice in 2 * (ksmrs.MADV_MERGEABLE, ksmrs.MADV_UNMERGEABLE):
                 ksmrs.madvise(closed, advice)
+            ksmrs.madvise(closed, ksmrs.MADV_MERGEABLE)
             number = id(closed._mmap)
             closed.close()
             others = []

@@ -230,7 +230,7 @@ def adopt(buffer: Any, address: int, nbytes: int, min_bytes: int, exclusive: boo
             # It may have been resized before it was held.
             _belongs(owner, address, nbytes)
             if is_shared_memory(buffer):
-                _leave_before_close(buffer, hold)
+                _leave_before_close(buffer, hold.key)
             before = len(hold.regions)
             try:
                 for start, end in _gaps(*pages, touching):
@@ -287,16 +287,18 @@ def unpinned(address: int, nbytes: int) -> None:
                     _give_back(holder, start, whole=False)
 
 
-def _leave_before_close(memory: Any, hold: _Hold) -> None:
+def _leave_before_close(memory: Any, key: int) -> None:
     """Make the `close` of a `SharedMemory` let go of its mapping first, which could not be closed while it is held."""
     if "close" in vars(memory):
         return
-    reference, held = weakref.ref(memory), weakref.ref(hold)
+    reference = weakref.ref(memory)
 
     def close() -> None:
-        _give_back_all(lambda hold: hold is held())
         closing = reference()
         if closing is not None:
+            # Once it is closed the number may be another's.
+            if closing.buf is not None:
+                _give_back_all(lambda hold: hold.key == key)
             type(closing).close(closing)
 
     memory.close = close
