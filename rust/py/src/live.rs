@@ -118,9 +118,10 @@ fn arena_at(address: usize) -> Option<Arc<Memory>> {
     let arena = client::arena_at(address)?;
     let known = LIVE.lock().unwrap_or_else(PoisonError::into_inner);
     let memory = known.get(&arena.address()).and_then(Weak::upgrade);
+    // What is dropped last locks the table.
+    drop(known);
     // An arena that ended may have been there before.
     let memory = memory.filter(|memory| !memory.region.is_ended());
-    drop(known);
     Some(memory.unwrap_or_else(|| Memory::new(arena)))
 }
 
