@@ -143,7 +143,7 @@ def test_processes_on_one_node_merge_and_others_do_not(tmp_path: Path) -> None:
                 wait_for(lambda: ksmrs.merge(60) and shared_and_sharing() == (PAGES, PAGES), "merging on one node")
                 finished()
                 assert shared_and_sharing() == (PAGES, PAGES)
-                assert ksmrs.stats().pages_unshared == PAGES
+                wait_for(lambda: ksmrs.stats().pages_unshared == PAGES, "a look at who is alone")
                 """
             ),
             PYTHONPATH=str(BUILD),
