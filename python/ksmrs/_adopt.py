@@ -30,7 +30,7 @@ from ksmrs._errors import (
     SystemCallError,
     UnsupportedError,
 )
-from ksmrs._extent import extent, is_a, is_ndarray, is_shared_memory, unwrapped
+from ksmrs._extent import extent, is_ctypes, is_ndarray, is_shared_memory, unwrapped
 
 PAGE_SIZE: int = _ksmrs.PAGE_SIZE
 MIN_BYTES = 64 * 1024
@@ -146,8 +146,7 @@ def collect() -> None:
     # Not of items, for to make those may begin a collection, in which arrays end that are in the dictionary.
     for hold in list(_holds.values()):
         if hold.is_over():
-            if _holds.get(hold.key) is hold:
-                del _holds[hold.key]
+            _forget(hold)
         elif isinstance(hold, _ExportHold) and hold.is_forgotten() and _holds.pop(hold.key, None) is hold:
             try:
                 if hold.leaves_bytes_to_nobody():
@@ -342,9 +341,14 @@ def _give_back(holder: int, address: int, whole: bool) -> None:
 def _let_go_if_out(hold: _Hold) -> None:
     """Stop holding what has no regions any more."""
     if not hold.holding.is_open and not hold.opting_in:
-        if _holds.get(hold.key) is hold:
-            del _holds[hold.key]
+        _forget(hold)
         hold.let_go()
+
+
+def _forget(hold: _Hold) -> None:
+    """Take it out of the holds, where it is not another's place by now."""
+    if _holds.get(hold.key) is hold:
+        del _holds[hold.key]
 
 
 def _whole_pages(address: int, nbytes: int) -> tuple[int, int] | None:
@@ -402,22 +406,19 @@ def _owner_of(buffer: Any, address: int, nbytes: int) -> tuple[Any, type[_Hold]]
 
 def _exporter(buffer: Any) -> Any:
     """What a view of this looks at: itself, or what it passes on (`memoryview`, `PickleBuffer`, `from_buffer` of ctypes)."""
+    if is_ctypes(buffer):
+        view = _view_below(buffer)
+        below = view.obj if view is not None else None
+        return below if is_ndarray(below) or is_ctypes(below) else buffer
     try:
-        if is_a(buffer, "_ctypes", *_CTYPES):
-            below = _view_below(buffer)
-            passes_on = below is not None and (is_ndarray(below.obj) or is_a(below.obj, "_ctypes", *_CTYPES))
-            return below.obj if below is not None and passes_on else buffer
         return memoryview(buffer).obj
     except (TypeError, BufferError):
         return buffer
 
 
-_CTYPES = ("Array", "Structure", "Union")
-
-
 def _root(owner: Any) -> Any:
     """The object of ctypes that one is a part of."""
-    while is_a(owner._b_base_, "_ctypes", *_CTYPES):
+    while is_ctypes(owner._b_base_):
         owner = owner._b_base_
     return owner
 
@@ -431,7 +432,7 @@ def _view_below(owner: Any) -> memoryview | None:
 
 def _has_memory(owner: Any) -> bool:
     """Whether this is no object of ctypes over memory that is somebody else's (`from_address`, what a pointer points at)."""
-    if not is_a(owner, "_ctypes", *_CTYPES):
+    if not is_ctypes(owner):
         return True
     root = _root(owner)
     return root._b_base_ is None and bool(root._b_needsfree_ or _view_below(owner) is not None)

@@ -40,10 +40,15 @@ def is_shared_memory(buffer: Any) -> bool:
     return is_a(buffer, "multiprocessing.shared_memory", "SharedMemory")
 
 
+def is_ctypes(buffer: Any) -> bool:
+    """Whether this is an object of ctypes that has, or points at, more than a simple value."""
+    return is_a(buffer, "_ctypes", "Array", "Structure", "Union")
+
+
 def extent(buffer: Any) -> tuple[int, int]:
     """First address and number of bytes."""
     buffer = unwrapped(buffer)
-    if is_a(buffer, "_ctypes", "Array", "Structure", "Union"):
+    if is_ctypes(buffer):
         # Their buffers do not tell strides.
         _ctypes = sys.modules["_ctypes"]
         return _ctypes.addressof(buffer), _ctypes.sizeof(buffer)

@@ -56,16 +56,12 @@ impl Adopted {
 
     /// Makes it the plain memory that it was, with its bytes; once more does nothing.
     fn give_back(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.memory.region.give_back()).into_python(py)?;
-        self.memory.close();
-        Ok(())
+        py.detach(|| self.memory.give_back()).into_python(py)
     }
 
     /// Lets go of memory that is being freed: private memory without its bytes, shared memory with them; once more does nothing.
     fn abandon(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.memory.region.abandon()).into_python(py)?;
-        self.memory.close();
-        Ok(())
+        py.detach(|| self.memory.abandon()).into_python(py)
     }
 
     /// No thread of ksmrs touches it from now on; it stays as it is. For the end of the interpreter.
@@ -105,7 +101,7 @@ pub struct Holding {
 impl Holding {
     /// Takes in a region just adopted.
     pub fn take(&self, region: Arc<client::Region>) {
-        self.ranges.add(Memory::adopted(region, self.key));
+        self.ranges.add(Memory::new(region, Some(self.key)));
     }
 }
 
@@ -186,9 +182,7 @@ pub fn freed(address: usize) {
     };
     for memory in ranges.open() {
         // Private memory of an array's own: that cannot fail.
-        if memory.region.abandon().is_ok() {
-            memory.close();
-        }
+        let _ = memory.abandon();
     }
 }
 
@@ -211,10 +205,9 @@ impl Watcher {
         let open = self.ranges.open();
         py.detach(|| {
             for memory in &open {
-                let kept = !self.abandons && memory.region.give_back().is_ok();
-                // No memory for copies of bytes that hardly anybody will look at; what must not be is a merged page in free memory.
-                if kept || memory.region.abandon().is_ok() {
-                    memory.close();
+                // Without memory for copies of bytes that hardly anybody will look at: what must not be is a merged page in free memory.
+                if self.abandons || memory.give_back().is_err() {
+                    let _ = memory.abandon();
                 }
             }
         });
@@ -229,9 +222,8 @@ impl Drop for Watcher {
     fn drop(&mut self) {
         self.ends();
         for memory in self.ranges.open().iter().filter(|memory| !memory.region.is_retired()) {
-            if memory.region.give_back().is_ok() {
-                memory.close();
-            }
+            // Else it stays a region: see `client::Region`'s drop.
+            let _ = memory.give_back();
         }
     }
 }

@@ -4,8 +4,8 @@
 //! for that capsule, CPython's. NumPy looks a handler up in the context of each thread, where only the default one is everywhere; so the
 //! functions *behind the default handler* are replaced, in place. Where that cannot be, a handler of ours is set context by context.
 //!
-//! The functions here may be called by any thread, before, while and after merging is on: memory is told
-//! by its address, and whatever is not the heap's goes to the functions that were there, once `adopted.rs` has let go of it. They are never taken out again, for
+//! The functions here may be called by any thread, before, while and after merging is on: memory is told by its address, and whatever
+//! is not the heap's goes to the functions that were there, once `adopted.rs` has let go of it. They are never taken out again, for
 //! arrays of the heap may be freed at any later time. They take no lock that is held while Python runs.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};

@@ -64,8 +64,9 @@ impl Holding {
     #[allow(unsafe_code)]
     fn adopt(&self, py: Python<'_>, address: usize, nbytes: usize, exclusive: bool) -> PyResult<()> {
         let adopted = py.detach(|| {
-            // SAFETY: the caller holds an export of the buffer, or a weak reference to an array that owns it and tells before it is
-            // freed: neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
+            // SAFETY: the caller holds an export of the buffer, or watches an array that owns it: its weak reference keeps it from being
+            // resized, and that or the function that NumPy frees its memory with (`allocator.rs`) ends the range before it is freed.
+            // Neither can be unmapped, moved or resized until then. What the program does to the mapping behind its owner's
             // back (mprotect, mremap through ctypes) cannot be excluded; the documentation of `madvise` names it.
             let foreign = unsafe { Foreign::look(address..address + nbytes, exclusive) }?;
             client::Region::adopt(foreign)

@@ -27,17 +27,8 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Takes a new region into the table.
-    pub fn new(region: Arc<client::Region>) -> Arc<Memory> {
-        Memory::of(region, None)
-    }
-
-    /// Takes a region just adopted into the table; `holder` is the number of the object that its memory belongs to.
-    pub fn adopted(region: Arc<client::Region>, holder: usize) -> Arc<Memory> {
-        Memory::of(region, Some(holder))
-    }
-
-    fn of(region: Arc<client::Region>, holder: Option<usize>) -> Arc<Memory> {
+    /// Takes a new region into the table; `holder` is the number of the object that its memory belongs to, if it was adopted.
+    pub fn new(region: Arc<client::Region>, holder: Option<usize>) -> Arc<Memory> {
         let address = region.address();
         let memory = Arc::new(Memory {
             region,
@@ -58,6 +49,20 @@ impl Memory {
     /// Whether the region was closed.
     pub fn is_closed(&self) -> bool {
         self.closed.load(Ordering::Acquire)
+    }
+
+    /// Makes adopted memory what it was, with its bytes, and marks it closed.
+    pub fn give_back(&self) -> Result<(), client::Error> {
+        self.region.give_back()?;
+        self.close();
+        Ok(())
+    }
+
+    /// Lets go of adopted memory that is being freed, and marks it closed: private memory without its bytes, shared memory with them.
+    pub fn abandon(&self) -> Result<(), client::Error> {
+        self.region.abandon()?;
+        self.close();
+        Ok(())
     }
 
     /// Marks it closed; false if it was already.
@@ -122,7 +127,7 @@ fn arena_at(address: usize) -> Option<Arc<Memory>> {
     drop(known);
     // An arena that ended may have been there before.
     let memory = memory.filter(|memory| !memory.region.is_ended());
-    Some(memory.unwrap_or_else(|| Memory::new(arena)))
+    Some(memory.unwrap_or_else(|| Memory::new(arena, None)))
 }
 
 /// The open regions that a range touches, in order.

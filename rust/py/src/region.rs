@@ -79,7 +79,7 @@ impl Region {
             Some(number) => client::Region::named(nbytes, number),
         });
         let region = made.into_python(py)?;
-        let memory = Mutex::new(Some(Memory::new(region)));
+        let memory = Mutex::new(Some(Memory::new(region, None)));
         Ok(Region {
             memory,
             exports: AtomicUsize::new(0),

@@ -174,11 +174,8 @@ fn continues(first: &Mapped, mapped: &Mapped) -> Result<(), &'static str> {
         return Err("it is made of several objects, or of one out of order");
     }
     // All of it gets "nh" while it is a region, and parts that were one have it still.
-    let matters = |flag: &[u8; 2]| flag != b"nh";
-    if ADVICE
-        .iter()
-        .any(|(flag, _)| matters(flag) && first.has(flag) != mapped.has(flag))
-    {
+    let mut that_matter = ADVICE.iter().filter(|(flag, _)| *flag != b"nh");
+    if that_matter.any(|(flag, _)| first.has(flag) != mapped.has(flag)) {
         return Err("its parts were advised differently");
     }
     Ok(())

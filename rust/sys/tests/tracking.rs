@@ -372,6 +372,18 @@ fn adopted_memory_is_given_back_as_it_was_found() {
     }
 }
 
+/// Private memory of small pages, as a program makes it.
+fn fresh(bytes: usize) -> usize {
+    let (access, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: replaces nothing: the kernel chooses the addresses.
+    let base = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0) }.expose_provenance();
+    no_huge_pages(base, bytes);
+    base
+}
+
 /// A wish is being fulfilled while its owner takes the memory back.
 #[test]
 fn memory_is_given_back_registered_with_nothing_whatever_is_under_way() {
@@ -379,15 +391,7 @@ fn memory_is_given_back_registered_with_nothing_whatever_is_under_way() {
     let bytes = UNIT as usize * PAGE_SIZE;
     let (fault, pagemap) = (Userfault::open().unwrap(), Pagemap::open().unwrap());
     for trial in 0..400u32 {
-        // SAFETY: fresh memory of this test.
-        let base = unsafe {
-            let (access, flags) = (
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-            );
-            libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0).expose_provenance()
-        };
-        no_huge_pages(base, bytes);
+        let base = fresh(bytes);
         (0..UNIT).for_each(|page| word(base, page).store(7, Ordering::Relaxed));
         // SAFETY: this test keeps the range mapped until the region is given back.
         let foreign = unsafe { Foreign::look(base..base + bytes, false) }.unwrap();
@@ -422,15 +426,7 @@ fn memory_is_given_back_registered_with_nothing_whatever_is_under_way() {
 fn closing_adopted_memory_ends_its_registration_too() {
     begin();
     let bytes = UNIT as usize * PAGE_SIZE;
-    // SAFETY: fresh memory of this test.
-    let base = unsafe {
-        let (access, flags) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        );
-        libc::mmap(std::ptr::null_mut(), bytes, access, flags, -1, 0).expose_provenance()
-    };
-    no_huge_pages(base, bytes);
+    let base = fresh(bytes);
     // SAFETY: this test keeps the range mapped until the region is closed.
     let foreign = unsafe { Foreign::look(base..base + bytes, false) }.unwrap();
     let mut tracked = Tracked::adopt(foreign, UNIT);
